@@ -1,0 +1,1 @@
+"""What attaches to anyone's LightningModule and leaves it as it found it."""

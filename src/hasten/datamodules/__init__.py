@@ -1,0 +1,1 @@
+"""LightningDataModules that share one loader, one split rule and one vocabulary."""

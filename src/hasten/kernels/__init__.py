@@ -1,0 +1,1 @@
+"""Triton and native kernels, reached only through registered torch operators. None yet."""

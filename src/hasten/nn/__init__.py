@@ -1,0 +1,1 @@
+"""Modules over the formulas of hasten.functional; no Lightning."""

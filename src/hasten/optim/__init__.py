@@ -1,0 +1,6 @@
+"""Optimizers, learning-rate schedules and parameter groups."""
+
+from hasten.optim.build import configure_optimizers, parameter_groups
+from hasten.optim.schedules import cosine
+
+__all__ = ["configure_optimizers", "cosine", "parameter_groups"]
