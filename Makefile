@@ -1,0 +1,30 @@
+# `make train` and `make test` need nothing but Python >= 3.11 and make: each sets up .venv where it is missing.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: train test test-slow lint bench
+
+train: $(READY)          ## the main job; make train ARGS="experiment=classify_digits"
+	$(BIN)/python train.py $(ARGS)
+
+test: $(READY)           ## everything that takes under ten minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)      ## the rest: full digits runs, notebooks, several processes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY)           ## style, types, and the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(READY)          ## the benchmarks that a CPU can run
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
