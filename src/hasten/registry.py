@@ -1,0 +1,73 @@
+"""What hasten holds, read from its files alone: methods from the cards, experiments and groups from the configs.
+
+Nothing here imports torch, so that ``hasten --help`` and ``hasten list`` answer at once.
+"""
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from hasten.errors import HastenError
+
+_EVERY_CARD = ["name", "exports", "tests", "saves", "ddp"]
+CARD_FIELDS = {
+    "method": [*_EVERY_CARD, "family", "paper", "experiments", "benchmark", "costs", "evidence", "compile", "when_not"],
+    "tool": _EVERY_CARD,
+}
+"""The front matter a card owes, by its ``kind``."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card: its front matter, and the text below it."""
+
+    name: str
+    kind: str
+    front: dict[str, Any] = field(repr=False)
+    text: str = field(repr=False)
+
+
+def cards() -> dict[str, Card]:
+    """Every card by name, methods before tools.
+
+    Example:
+        >>> cards()["speed"].kind
+        'method'
+    """
+    found = []
+    for file in files("hasten").joinpath("cards").iterdir():
+        if file.name.endswith(".md"):
+            found.append(_card(file.name, file.read_text(encoding="utf-8")))
+    return {card.name: card for card in sorted(found, key=lambda card: (card.kind, card.name))}
+
+
+def group(name: str) -> dict[str, str]:
+    """The options of a config group with their one-line summaries, e.g. ``group("experiment")``.
+
+    The summary is the first comment line of the file that is not Hydra's ``@package`` directive.
+
+    Example:
+        >>> group("logger")["none"]
+        'No logger: the metrics stay in result.json.'
+    """
+    folder = files("hasten").joinpath("configs").joinpath(name)
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return {file.removesuffix(".yaml"): _summary(folder.joinpath(file).read_text(encoding="utf-8")) for file in names}
+
+
+def _summary(text: str) -> str:
+    comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in comments if not line.startswith("@package")), "")
+
+
+def _card(file: str, text: str) -> Card:
+    parts = text.split("---\n", 2)
+    if len(parts) != 3 or parts[0]:
+        raise HastenError(f"cards/{file}: expected YAML front matter between two lines '---', got none; add it")
+    front = yaml.safe_load(parts[1])
+    kind = front.get("kind", "method")
+    if missing := [key for key in CARD_FIELDS[kind] if key not in front]:
+        raise HastenError(f"cards/{file}: front matter: expected {', '.join(missing)}, got none of it; fill it in")
+    return Card(name=front["name"], kind=kind, front=front, text=parts[2])
