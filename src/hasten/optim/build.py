@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -37,7 +37,7 @@ def configure_optimizers(
     optimizer: OptimizerFactory,
     scheduler: SchedulerFactory | None,
     total_steps: Callable[[], int],
-) -> OptimizerLRSchedulerConfig:
+) -> OptimizerConfig | OptimizerLRSchedulerConfig:
     """One optimizer over ``groups`` and, where given, one schedule stepped after every optimizer step.
 
     Args:
