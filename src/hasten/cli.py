@@ -1,0 +1,253 @@
+"""The command line: ``hasten`` and ``python train.py`` are this one entry.
+
+A first word without "=" is a command (list, ...); everything else is a run, composed by Hydra. Nothing here imports
+torch or Lightning before a run starts, so that help and lists answer at once.
+"""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hasten import __version__, registry
+from hasten.errors import HastenError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from hasten.run import Result
+
+_USAGE = """\
+hasten {version}: published methods that make training cheaper, for PyTorch Lightning
+
+  python train.py                        train the default experiment, speed_digits
+  python train.py experiment=NAME        train another; key=value changes anything in its config
+  python train.py -m seed=0,1,2 ...      one run for each combination
+  python train.py --cfg job ...          print the composed config instead of running it
+  hasten list                            methods, experiments and data
+  (`python train.py` and `hasten` take the same words)
+
+Often changed: seed=1  trainer=gpu  trainer.max_steps=200  logger=wandb  data.batch_size=128  ckpt_path=PATH
+
+Experiments:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return its exit code; errors are one line each."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        print("hasten: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        _report(error)
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        command = _COMMANDS.get(words[0])
+        if command is None and not words[0].startswith(("+", "~")):
+            raise HastenError(f"{words[0]!r}: expected a command or key=value{did_you_mean(words[0], _COMMANDS)}")
+        if command is not None:
+            return command(words[1:])
+    if "--help" in words or "-h" in words:
+        return _help([])
+    if "--version" in words:
+        print(f"hasten {__version__}")
+        return 0
+    _train(words)
+    return 0
+
+
+# ------------------------------------------------------------------ commands
+
+
+def _help(_: list[str]) -> int:
+    print(_USAGE.format(version=__version__), end="")
+    _print_lines(registry.group("experiment"))
+    return 0
+
+
+def _list(_: list[str]) -> int:
+    cards = registry.cards().values()
+    print("Methods and tools")
+    _print_lines({card.name: str(card.front["saves"]) for card in cards})
+    for title, group in [("Experiments", "experiment"), ("Data", "data")]:
+        print(f"\n{title}")
+        _print_lines(registry.group(group))
+    return 0
+
+
+def _print_lines(summaries: Mapping[str, str]) -> None:
+    width = max(map(len, summaries), default=0)
+    for name, summary in summaries.items():
+        print(f"  {name:<{width}}  {summary}")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"help": _help, "list": _list}
+
+
+# ------------------------------------------------------------------ runs
+
+
+def _train(words: list[str]) -> None:
+    """Compose, check and run through Hydra: one job, or a sweep that goes on where a job fails."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
+    parsed = parser.parse_intermixed_args(words)
+    sweep = parsed.multirun
+    words = [*(word for word in words if word not in parsed.overrides), *parsed.overrides]  # Hydra wants flags first
+    failures: list[Exception] = []
+
+    def task(cfg: "DictConfig") -> float | None:
+        try:
+            return _job(cfg)
+        except Exception as error:  # Hydra would print a line of its own and, in a sweep, raise only the first
+            failures.append(error)
+            if sweep:
+                _report(error)
+            return None
+
+    entry = hydra.main(config_path="pkg://hasten.configs", config_name="train", version_base="1.3")(task)
+    with _hydra_that_raises(words):
+        try:
+            entry()
+        except Exception as error:
+            raise _in_one_line(error, words) from error
+    if failures and sweep:
+        raise HastenError(f"{len(failures)} of the sweep's jobs failed; their lines stand above")
+    if failures:
+        raise failures[0]
+
+
+def _job(cfg: "DictConfig") -> float | None:
+    """One job of Hydra's: run it, print what it gave, and return its objective for a sweeper."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from hasten.run import named, run
+
+    # Lightning's INFO lines tell of devices and tips, not of the run
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    hydra_cfg = HydraConfig.get()
+    words = list(hydra_cfg.overrides.task)
+    sweep = ""
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        told = [word for word in words if word.split("=")[0] not in ("experiment", "seed", "run_dir")]
+        sweep = re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", ",".join(told))[:80] or str(hydra_cfg.job.num)
+        trainer = cfg.trainer
+        if trainer.get("strategy") is not None or trainer.devices not in (1, "1"):
+            raise HastenError(
+                "--multirun: expected one process a job, got several (trainer.strategy or trainer.devices); "
+                "start the jobs one by one"
+            )
+    result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), words), sweep=sweep)
+    if result.trainer.is_global_zero:
+        _print_result(result)
+    return result.metrics.get(cfg.objective.metric) if cfg.objective else None
+
+
+def _print_result(result: "Result") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table("metric", "value", title="final metrics", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    folder = result.folder
+    written = ["result.json", "metrics.csv", "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"]
+    pictures = sorted(path.relative_to(folder).as_posix() for path in folder.glob("pictures/*.png"))
+    newest = [name for name in pictures if not re.search(r"_\d+\.png$", name)]
+    for name in [*newest, *written]:
+        if (folder / name).exists():
+            console.print(f"  {folder / name}", highlight=False)
+
+
+@contextmanager
+def _hydra_that_raises(words: list[str]) -> Iterator[None]:
+    """Hydra reads the command line from sys.argv, and prints and exits where HYDRA_FULL_ERROR is not set."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *words], "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+# ------------------------------------------------------------------ errors
+
+
+def _report(error: Exception) -> None:
+    """Print an error as one line for each problem it names."""
+    if isinstance(error, HastenError):
+        lines = str(error).splitlines()
+    else:
+        lines = [f"{type(error).__name__}: {' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"]
+    for line in lines:
+        print(f"hasten: {line}", file=sys.stderr)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise HastenError(f"{message}; see --help")
+
+
+def _in_one_line(error: Exception, words: list[str]) -> Exception:
+    """Hydra's own errors in hasten's wording; any other error as it is."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return HastenError(f"{group}: there is no {name!r}{did_you_mean(name, error.options)}")
+    if isinstance(error, OverrideParseException):
+        return HastenError(f"{error.override}: expected key=value, cannot read it: {_first_line(error)}")
+    if match := re.search(r"Could not override '([^']+)'", str(error)):
+        key = match[1].lstrip("+~")
+        return HastenError(f"{key}: there is no such key{did_you_mean(key, _keys(words))}")
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return HastenError(" ".join(str(error.__cause__ or error).split()))
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _keys(words: list[str]) -> list[str]:
+    """Every key of the config that the experiment among ``words`` composes, and the names of the groups."""
+    from omegaconf import DictConfig
+
+    from hasten.run import compose
+
+    def below(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if isinstance(node._get_node(key), DictConfig):
+                yield from below(node._get_node(key), f"{prefix}{key}.")
+
+    try:
+        cfg = compose([word for word in words if word.startswith("experiment=") and "," not in word])
+    except Exception:  # the experiment is what is wrong: there is nothing to compare with
+        return []
+    return [key for key in below(cfg, "") if not key.rpartition(".")[2].startswith("_")]

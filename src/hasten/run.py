@@ -1,0 +1,250 @@
+"""One run, from a composed config to a finished run folder; for the command line, for tests and for notebooks.
+
+The path of a run: compose -> folder -> stages named by ``first`` -> check -> build -> fit -> test -> result.json.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from filelock import FileLock
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hasten.check import build, check
+from hasten.errors import HastenError
+from hasten.formats import whole_file, write_json
+
+_RANK_FOLDER = "HASTEN_RUN_DIR"
+"""How the processes that DDP starts learn which folder rank zero chose."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind: final metrics by name, its folder, and the objects for whoever goes on with them."""
+
+    metrics: dict[str, float]
+    folder: Path
+    trainer: Trainer
+    module: LightningModule
+    datamodule: LightningDataModule
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The config that the command line would compose from the same words.
+
+    Example:
+        >>> compose(["experiment=speed_digits", "seed=3"]).seed
+        3
+    """
+    with initialize_config_module("hasten.configs", version_base="1.3"):
+        cfg = hydra_compose("train", list(overrides), return_hydra_config=True)
+    return named(cfg, cfg.hydra.runtime.choices.get("experiment"), overrides)
+
+
+def named(cfg: DictConfig, experiment: str | None, overrides: Sequence[str]) -> DictConfig:
+    """The config as a run reads it: without Hydra's own part, with the experiment's name and the words that made it."""
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+        cfg.experiment = experiment or "run"
+        cfg.overrides = list(overrides)
+    return cfg
+
+
+def run(cfg: DictConfig, *, sweep: str = "") -> Result:
+    """Train and test what ``cfg`` describes, in a folder of its own.
+
+    Args:
+        cfg: from ``compose``.
+        sweep: the words that tell this job of a sweep from its siblings; the end of the folder's name.
+
+    Raises:
+        HastenError: everything that is wrong with the config, a line each, before anything expensive.
+    """
+    cfg = cfg.copy()
+    folder = _folder(cfg, sweep)
+    cfg.run_dir = str(folder)
+    stages = _stages(cfg)
+    for stage in stages:
+        check(stage)
+    check(cfg)
+    for stage in stages:
+        _complete(stage)
+    return _run(cfg, folder)
+
+
+def _run(cfg: DictConfig, folder: Path) -> Result:
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule, module, trainer = _objects(cfg)
+    ckpt_path = _checkpoint(cfg.ckpt_path, module)
+    with _recorded(cfg, folder, trainer) as result:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
+        metrics = _numbers(trainer)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
+        result["metrics"] = metrics | _numbers(trainer)
+    return Result(result["metrics"], folder, trainer, module, datamodule)
+
+
+def _objects(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Trainer]:
+    datamodule = build(cfg, "data")
+    module = build(cfg, "module")
+    if cfg.compile:
+        module.model.compile()  # in place: the state_dict keeps its keys
+    callbacks, loggers = build(cfg, "callbacks"), build(cfg, "logger")
+    trainer = build(cfg, "trainer", callbacks=list(callbacks.values()), logger=list(loggers.values()))
+    return datamodule, module, trainer
+
+
+# ------------------------------------------------------------------ folders
+
+
+def _folder(cfg: DictConfig, sweep: str) -> Path:
+    """The run's own folder: the one asked for, rank zero's, or a new one under ``runs/<experiment>``."""
+    if int(os.environ.get("LOCAL_RANK", 0)) and _RANK_FOLDER in os.environ:
+        return Path(os.environ[_RANK_FOLDER])
+    if cfg.run_dir is not None:
+        folder = Path(cfg.run_dir)
+        if (folder / "result.json").exists() and cfg.ckpt_path is None:
+            raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
+        return folder
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise HastenError(
+            "run_dir: required under torchrun and SLURM, got null; add run_dir=FOLDER, the same for all processes"
+        )
+    name = "_".join(filter(None, [f"{datetime.now():%Y-%m-%d_%H-%M-%S}", str(cfg.seed), sweep]))
+    folder, twin = Path("runs", cfg.experiment, name), 2
+    while folder.exists():
+        folder, twin = folder.with_name(f"{name}-{twin}"), twin + 1
+    return folder
+
+
+@contextmanager
+def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[str, Any]]:
+    """config.yaml and result.json of a run: written at its start, completed at its end, honest about how it ended."""
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "status": "running",
+        "metrics": {},
+        "experiment": cfg.experiment,
+        "seed": cfg.seed,
+        "overrides": list(cfg.overrides),
+        "versions": _versions(),
+    }
+
+    def write(status: str) -> None:
+        result["status"] = status
+        result["duration_s"] = round(time.monotonic() - started, 1)
+        if trainer.is_global_zero:
+            write_json(folder / "result.json", result)
+
+    if trainer.is_global_zero:
+        os.environ[_RANK_FOLDER] = str(folder)
+        with whole_file(folder / "config.yaml") as unfinished:
+            OmegaConf.save(cfg, unfinished, resolve=True)
+    write("running")
+    try:
+        yield result
+    except BaseException as error:
+        write("interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
+        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        raise
+    finally:
+        os.environ.pop(_RANK_FOLDER, None)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.finish()
+    write("complete")
+
+
+def _versions() -> dict[str, str]:
+    packages = ["hasten", "torch", "torchvision", "lightning", "timm", "diffusers"]
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def _numbers(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+
+
+# ------------------------------------------------------------------ stages
+
+
+def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
+    """The configs of everything ``cfg.first`` names, deepest first; writes their folders into ``cfg.stages``.
+
+    A stage is its experiment as it stands, with the seed, the data and the accelerator of the run that needs it.
+    Its folder is named by a hash of that recipe, so a stage that is complete is found again.
+    """
+    stages: list[DictConfig] = []
+    for name in cfg.first:
+        if name in below:
+            raise HastenError(f"first: {' -> '.join([*below, name])}: an experiment cannot wait for itself")
+        stage = compose([f"experiment={name}"])
+        stage.seed, stage.data, stage.image = cfg.seed, cfg.data, cfg.image
+        stage.trainer.accelerator = cfg.trainer.accelerator
+        stages += _stages(stage, (*below, name))
+        stage.run_dir = str(Path("runs", "stages", f"{name}-{_recipe_hash(stage)}"))
+        with open_dict(cfg):
+            cfg.stages[name] = stage.run_dir
+        stages.append(stage)
+    return stages
+
+
+def _recipe_hash(stage: DictConfig) -> str:
+    recipe = OmegaConf.masked_copy(stage, [key for key in map(str, stage) if key not in ("overrides", "logger")])
+    text = json.dumps(OmegaConf.to_container(recipe), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _complete(stage: DictConfig) -> None:
+    """Run a stage unless its folder says that it is complete; one process at a time."""
+    folder = Path(stage.run_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        try:
+            status = json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"]
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            status = "not started"
+        if status != "complete":
+            _run(stage, folder)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def _checkpoint(path: str | None, module: LightningModule) -> str | None:
+    """``path`` if it is a checkpoint of ``module``; a HastenError in one line if it is anything else."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise HastenError(f"ckpt_path: expected a checkpoint, there is no file {path!r}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    except Exception as error:  # torch names a broken file by half a dozen exceptions
+        raise HastenError(f"ckpt_path: {path!r} is no whole Lightning checkpoint; choose another") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            sizes = f"expected {wanted.get(name, 'nothing')}, got {shapes.get(name, 'nothing')}"
+            raise HastenError(f"ckpt_path: {path!r} is of another model: {name}: {sizes}; use the config that wrote it")
+    return path
