@@ -1,0 +1,30 @@
+"""Fully sharded parameters (FSDP2), asked for by Lightning's ModelParallelStrategy."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard ``model`` in place over the data-parallel ranks of ``mesh``: each block of its lists alone, then the rest.
+
+    A block's parameters are whole on a rank during its own forward and backward only. To be called in
+    ``configure_model``, before the optimizer is built.
+    """
+    if isinstance(model, FSDPModule):
+        return  # Lightning configures the model again before each of fit, validate and test
+    ranks = mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
+    for block in _blocks(model):
+        fully_shard(block, mesh=ranks)
+    fully_shard(model, mesh=ranks)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost ModuleLists and Sequentials that hold parameters."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from (block for block in child if next(block.parameters(), None) is not None)
+        else:
+            yield from _blocks(child)
