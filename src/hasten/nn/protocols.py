@@ -42,5 +42,5 @@ class GeneratesImages(Protocol):
     def generate(
         self, n: int, labels: Tensor | None = None, steps: int | None = None, generator: Generator | None = None
     ) -> Tensor:
-        """n images in the module's own range, (n, C, H, W), in [-1, 1] for pixels; ``labels`` (n,) int64."""
+        """Draw n images in the module's own range, (n, C, H, W), [-1, 1] for pixels; ``labels`` is (n,) int64."""
         ...
