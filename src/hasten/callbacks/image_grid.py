@@ -1,0 +1,146 @@
+"""ImageGrid: what the module draws, as pictures on disk and in the logger, every so many steps."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from hasten.callbacks._sampling import sampling
+from hasten.errors import HastenError
+from hasten.formats import whole_file
+from hasten.nn.protocols import HasPictures
+
+
+class ImageGrid(Callback):
+    """Draw the module's ``pictures()`` every ``every_n_steps`` optimizer steps and at the end of the fit.
+
+    Each picture becomes ``<folder>/<name>_<step>.png`` and ``<folder>/<name>.png``, always the latest, and an image
+    in Weights & Biases or TensorBoard where that logger is on. Under EMA the averaged weights draw. Training does not
+    notice: evaluation mode, no gradients, random state as before.
+
+    Args:
+        folder: where the pictures go; made if missing.
+        every_n_steps: optimizer steps between two drawings, >= 1.
+        clip_std: show pixels within so many standard deviations of a picture's mean, stretched to [0, 1]; for images
+            whose pixels were themselves optimised, and stray. None: pixels as they are.
+        min_cell_px: smaller images are enlarged by a whole factor until they are at least so wide, >= 1.
+
+    Raises:
+        ValueError: for a number out of its range.
+        HastenError: at set-up, where the module has no ``pictures()``.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[ImageGrid("pictures", every_n_steps=500)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self, folder: str | Path, *, every_n_steps: int, clip_std: float | None = None, min_cell_px: int = 48
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("min_cell_px", min_cell_px)):
+            if value < 1:
+                raise ValueError(f"image_grid: {name}: expected >= 1, got {value}")
+        if clip_std is not None and not clip_std > 0:
+            raise ValueError(f"image_grid: clip_std: expected > 0 or None, got {clip_std}; 2.5 is usual")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.clip_std = clip_std
+        self.min_cell_px = min_cell_px
+        self._drawn_at = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not isinstance(pl_module, HasPictures):
+            raise HastenError(
+                f"image_grid: {type(pl_module).__name__}: expected a method pictures() that returns name -> (rows, "
+                "columns, C, H, W) in [0, 1], got none; add it or leave ImageGrid out"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drawn_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._drawn_at:
+            return  # a batch of an accumulated step, or the last step
+        self._drawn_at = step
+        # on every process, though one writes: a sharded module draws together or not at all
+        with sampling(trainer, pl_module):
+            pictures = cast(HasPictures, pl_module).pictures()
+        if trainer.is_global_zero:
+            for name, images in pictures.items():
+                image = self._picture(name, images)
+                write_png(image, self.folder / f"{name}_{step:06d}.png")
+                write_png(image, self.folder / f"{name}.png")
+                _log_image(trainer, name, image, step)
+
+    def _picture(self, name: str, images: Tensor) -> Tensor:
+        if images.ndim != 5 or images.size(2) not in (1, 3):
+            raise HastenError(
+                f"image_grid: pictures()[{name!r}]: expected (rows, columns, C, H, W) with C = 1 or 3, got "
+                f"{tuple(images.shape)}"
+            )
+        images = images.detach().float().cpu()
+        if self.clip_std is not None:
+            low, high = (images.mean() + sign * self.clip_std * images.std() for sign in (-1, 1))
+            images = (images - low) / (high - low).clamp(min=1e-8)
+        return tiled(enlarged(images.clamp(0, 1), self.min_cell_px))
+
+
+def enlarged(images: Tensor, min_cell_px: int = 48) -> Tensor:
+    """Repeat pixels until images are at least ``min_cell_px`` wide, (..., H, W) -> (..., k H, k W).
+
+    Example:
+        >>> import torch
+        >>> enlarged(torch.zeros(1, 8, 8)).shape
+        torch.Size([1, 48, 48])
+    """
+    factor = -(-min_cell_px // images.size(-1))
+    return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def tiled(images: Tensor) -> Tensor:
+    """Lay images out with white gaps, (rows, columns, C, H, W) in [0, 1] -> (3, height, width).
+
+    Example:
+        >>> import torch
+        >>> tiled(torch.zeros(2, 5, 1, 48, 48)).shape
+        torch.Size([3, 102, 252])
+    """
+    return make_grid(images.flatten(0, 1), nrow=images.size(1), padding=2, pad_value=1.0)
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """Write (3, height, width) in [0, 1] as a PNG that is whole at any moment; viewers may have it open.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp(), "black.png")
+        >>> write_png(torch.zeros(3, 8, 8), path)
+        >>> path.exists()
+        True
+    """
+    with whole_file(path) as unfinished:
+        save_image(image, unfinished)
+
+
+def _log_image(trainer: Trainer, name: str, image: Tensor, step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            # as bytes: of a float tensor wandb would stretch the contrast
+            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+            logger.log_image(f"pictures/{name}", [pixels], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(f"pictures/{name}", image, step)
