@@ -24,7 +24,7 @@ _FRAME: dict[str, Any] = {
     "compile": bool,
     "threads": int | None,
     "precision": _PRECISIONS,
-    "objective": dict | None,
+    "objective": dict,
     "tiny": list[str],
 }
 _DIRECTIVES = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}

@@ -158,7 +158,7 @@ def _job(cfg: "DictConfig") -> float | None:
     result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), words), sweep=sweep)
     if result.trainer.is_global_zero:
         _print_result(result)
-    return result.metrics.get(cfg.objective.metric) if cfg.objective else None
+    return result.metrics.get(cfg.objective.metric)
 
 
 def _print_result(result: "Result") -> None:

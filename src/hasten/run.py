@@ -24,10 +24,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hasten.check import build, check
-from hasten.errors import HastenError
+from hasten.errors import HastenError, did_you_mean
 from hasten.formats import whole_file, write_json
 
 _RANK_FOLDER = "HASTEN_RUN_DIR"
@@ -97,7 +98,8 @@ def _run(cfg: DictConfig, folder: Path) -> Result:
     with _recorded(cfg, folder, trainer) as result:
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
+        with _set_up_errors(cfg, trainer):
+            trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
         metrics = _numbers(trainer)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
@@ -174,6 +176,18 @@ def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 logger.experiment.finish()
     write("complete")
+
+
+@contextmanager
+def _set_up_errors(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
+    """Lightning's complaints about a set-up as HastenError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        if "monitored key" in str(error):
+            logged = did_you_mean(cfg.objective.metric, trainer.callback_metrics)
+            raise HastenError(f"objective.metric: nothing logs {cfg.objective.metric!r}{logged}") from error
+        raise HastenError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def _versions() -> dict[str, str]:

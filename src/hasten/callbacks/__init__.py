@@ -1,1 +1,11 @@
 """What attaches to anyone's LightningModule and leaves it as it found it."""
+
+from hasten.callbacks.class_consistency import ClassConsistency
+from hasten.callbacks.ema import EMA
+from hasten.callbacks.image_grid import ImageGrid
+from hasten.callbacks.progress import Progress
+from hasten.callbacks.sample_distance import SampleDistance
+from hasten.callbacks.throughput import Throughput
+from hasten.callbacks.timestep_sampling import TimestepSampling
+
+__all__ = ["EMA", "ClassConsistency", "ImageGrid", "Progress", "SampleDistance", "Throughput", "TimestepSampling"]

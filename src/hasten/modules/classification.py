@@ -93,7 +93,7 @@ class Classification(LightningModule):
             value = term(images, logits, targets)
             self.log(f"train/{name}", value)
             loss = loss + value
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
