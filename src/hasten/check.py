@@ -27,13 +27,19 @@ _FRAME: dict[str, Any] = {
     "objective": dict,
     "tiny": list[str],
 }
+Problem = tuple[str, str]
+"""The key of a config and what is wrong there."""
+
 _DIRECTIVES = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
 
 def check(cfg: DictConfig) -> None:
     """Raise one HastenError with a line for everything that is wrong with ``cfg``; return where nothing is."""
-    if problems := list(_problems(cfg)):
-        raise HastenError("\n".join(problems))
+    lines: dict[str, str] = {}
+    for key, problem in _problems(cfg):
+        lines.setdefault(key, problem)  # a key that two arguments take from is said once
+    if lines:
+        raise HastenError("\n".join(f"{key}: {problem}" for key, problem in lines.items()))
 
 
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
@@ -53,30 +59,30 @@ def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
         raise HastenError(f"{_typed_key(cfg, _full_key(error) or key)}: {_one_line(error)}") from error
 
 
-def _problems(cfg: DictConfig) -> Iterator[str]:
+def _problems(cfg: DictConfig) -> Iterator[Problem]:
     try:
         missing = OmegaConf.missing_keys(cfg)
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        yield f"{error.full_key or 'config'}: {str(error).splitlines()[0]}"
+        yield str(error.full_key or "config"), str(error).splitlines()[0]
         return
-    yield from (f"{key}: required, got nothing; add {key}=VALUE" for key in sorted(missing))
+    yield from ((key, f"required, got nothing; add {key}=VALUE") for key in sorted(missing))
     if not isinstance(plain, dict):
         return
     for key, annotation in _FRAME.items():
         if key in plain and not _fits(plain[key], annotation):
-            yield f"{key}: expected {_name(annotation)}, got {plain[key]!r}"
+            yield key, f"expected {_name(annotation)}, got {plain[key]!r}"
     if isinstance(threads := plain.get("threads"), int) and threads < 1:
-        yield f"threads: expected >= 1, got {threads}; null leaves torch's own choice"
+        yield "threads", f"expected >= 1, got {threads}; null leaves torch's own choice"
     if isinstance(seed := plain.get("seed"), int) and not 0 <= seed < 2**32:
-        yield f"seed: expected 0 <= seed < 2**32, got {seed}"
+        yield "seed", f"expected 0 <= seed < 2**32, got {seed}"
     yield from _device_problems(plain)
     for key in map(str, plain):
         if _stands_here(cfg, key):
-            yield from _node_problems(key, cfg[key])
+            yield from ((_typed_key(cfg, where), problem) for where, problem in _node_problems(key, cfg[key]))
 
 
-def _node_problems(key: str, node: Any) -> Iterator[str]:
+def _node_problems(key: str, node: Any) -> Iterator[Problem]:
     """What is wrong at ``key`` and below it; what is interpolated is checked where it stands."""
     if isinstance(node, ListConfig):
         for index in range(len(node)):
@@ -97,18 +103,18 @@ def _stands_here(node: DictConfig | ListConfig, key: str | int) -> bool:
     return not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key))
 
 
-def _target_problems(key: str, value: dict[str, Any]) -> Iterator[str]:
+def _target_problems(key: str, value: dict[str, Any]) -> Iterator[Problem]:
     """What is wrong with one ``_target_`` and its arguments."""
     try:
         target = get_object(value["_target_"])
     except Exception as error:  # whatever the import of a stranger's module raises
-        yield f"{key}._target_: cannot import {value['_target_']!r}: {_one_line(error)}"
+        yield f"{key}._target_", f"cannot import {value['_target_']!r}: {_one_line(error)}"
         return
     if value["_target_"].startswith("hydra.utils.get_"):
         try:
             get_object(value["path"])
         except Exception as error:
-            yield f"{key}.path: cannot import {value.get('path')!r}: {_one_line(error)}"
+            yield f"{key}.path", f"cannot import {value.get('path')!r}: {_one_line(error)}"
         return
     found = list(_argument_problems(key, value, target))
     yield from found
@@ -116,7 +122,7 @@ def _target_problems(key: str, value: dict[str, Any]) -> Iterator[str]:
         yield from _factory_problems(key, value, target)
 
 
-def _argument_problems(key: str, value: dict[str, Any], target: Callable[..., Any]) -> Iterator[str]:
+def _argument_problems(key: str, value: dict[str, Any], target: Callable[..., Any]) -> Iterator[Problem]:
     """Names that the target does not take, values of another type, and required arguments that nobody gives."""
     try:
         parameters = inspect.signature(target).parameters
@@ -130,17 +136,17 @@ def _argument_problems(key: str, value: dict[str, Any], target: Callable[..., An
             continue
         if name not in names:
             if not swallows:
-                yield f"{key}.{name}: {_short(value)} takes no {name!r}{did_you_mean(str(name), names)}"
+                yield f"{key}.{name}", f"{_short(value)} takes no {name!r}{did_you_mean(str(name), names)}"
         elif argument != "???" and not _fits(argument, hints.get(name, Any)):
-            yield f"{key}.{name}: expected {_name(hints[name])}, got {argument!r}"
+            yield f"{key}.{name}", f"expected {_name(hints[name])}, got {argument!r}"
     if value.get("_partial_") or value.get("_args_"):
         return
     for name in names:
         if name not in value and parameters[name].default is inspect.Parameter.empty:
-            yield f"{key}.{name}: required by {_short(value)}, got nothing; add {key}.{name}=VALUE"
+            yield f"{key}.{name}", f"required by {_short(value)}, got nothing; add {key}.{name}=VALUE"
 
 
-def _factory_problems(key: str, value: dict[str, Any], target: Callable[..., Any]) -> Iterator[str]:
+def _factory_problems(key: str, value: dict[str, Any], target: Callable[..., Any]) -> Iterator[Problem]:
     """What an optimizer or a schedule says of its arguments, tried on one dummy parameter."""
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
@@ -151,14 +157,14 @@ def _factory_problems(key: str, value: dict[str, Any], target: Callable[..., Any
             wants_steps = "total_steps" in inspect.signature(schedule).parameters
             schedule(dummy, **({"total_steps": 2**31} if wants_steps and "total_steps" not in value else {}))
     except Exception as error:  # the constructor's own words, whatever their class
-        yield f"{key}: {_one_line(error.__cause__ or error)}"
+        yield key, _one_line(error.__cause__ or error)
 
 
-def _device_problems(plain: Mapping[Any, Any]) -> Iterator[str]:
+def _device_problems(plain: Mapping[Any, Any]) -> Iterator[Problem]:
     trainer = plain.get("trainer")
     wanted = trainer.get("accelerator") if isinstance(trainer, dict) else None
     if wanted in ("gpu", "cuda") and not torch.accelerator.is_available():
-        yield f"trainer.accelerator: expected a GPU for {wanted!r}, this machine has none; use trainer=cpu"
+        yield "trainer.accelerator", f"expected a GPU for {wanted!r}, this machine has none; use trainer=cpu"
 
 
 # ------------------------------------------------------------------ types
@@ -246,7 +252,8 @@ def _typed_key(cfg: DictConfig, key: str) -> str:
     parts = key.split(".")
     for depth in range(len(parts)):
         parent = OmegaConf.select(cfg, ".".join(parts[:depth])) if depth else cfg
-        if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, parts[depth]):
+        known = isinstance(parent, DictConfig) and parts[depth] in parent
+        if known and OmegaConf.is_interpolation(parent, parts[depth]):
             source = str(OmegaConf.to_container(parent, resolve=False)[parts[depth]])  # type: ignore[index,call-overload]
             return _typed_key(cfg, ".".join([source.strip("${}"), *parts[depth + 1 :]]))
     return key

@@ -103,6 +103,7 @@ def _train(words: list[str]) -> None:
     """Compose, check and run through Hydra: one job, or a sweep that goes on where a job fails."""
     import hydra
     from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
 
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
@@ -125,6 +126,7 @@ def _train(words: list[str]) -> None:
         try:
             entry()
         except Exception as error:
+            GlobalHydra.instance().clear()  # what could not be composed would stand in the way of its explanation
             raise _in_one_line(error, words) from error
     if failures and sweep:
         raise HastenError(f"{len(failures)} of the sweep's jobs failed; their lines stand above")
@@ -145,6 +147,7 @@ def _job(cfg: "DictConfig") -> float | None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     hydra_cfg = HydraConfig.get()
     words = list(hydra_cfg.overrides.task)
+    paths = [word for word in hydra_cfg.overrides.hydra if word.startswith("hydra.searchpath=")]
     sweep = ""
     if hydra_cfg.mode == RunMode.MULTIRUN:
         told = [word for word in words if word.split("=")[0] not in ("experiment", "seed", "run_dir")]
@@ -155,7 +158,7 @@ def _job(cfg: "DictConfig") -> float | None:
                 "--multirun: expected one process a job, got several (trainer.strategy or trainer.devices); "
                 "start the jobs one by one"
             )
-    result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), words), sweep=sweep)
+    result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), [*paths, *words]), sweep=sweep)
     if result.trainer.is_global_zero:
         _print_result(result)
     return result.metrics.get(cfg.objective.metric)
@@ -223,8 +226,7 @@ def _in_one_line(error: Exception, words: list[str]) -> Exception:
     if isinstance(error, OverrideParseException):
         return HastenError(f"{error.override}: expected key=value, cannot read it: {_first_line(error)}")
     if match := re.search(r"Could not override '([^']+)'", str(error)):
-        key = match[1].lstrip("+~")
-        return HastenError(f"{key}: there is no such key{did_you_mean(key, _keys(words))}")
+        return HastenError(_no_such_key(match[1].lstrip("+~"), words))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return HastenError(" ".join(str(error.__cause__ or error).split()))
     return error
@@ -234,20 +236,29 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _keys(words: list[str]) -> list[str]:
-    """Every key of the config that the experiment among ``words`` composes, and the names of the groups."""
-    from omegaconf import DictConfig
+def _no_such_key(key: str, words: list[str]) -> str:
+    """The line for a key that the config does not have: how to add it where its owner would take it, or the nearest."""
+    import inspect
+
+    from hydra.utils import get_object
+    from omegaconf import DictConfig, OmegaConf
 
     from hasten.run import compose
 
     def below(node: Any, prefix: str) -> Iterator[str]:
-        for key in node:
-            yield f"{prefix}{key}"
-            if isinstance(node._get_node(key), DictConfig):
-                yield from below(node._get_node(key), f"{prefix}{key}.")
+        for name in node:
+            if not str(name).startswith("_"):
+                yield f"{prefix}{name}"
+                if isinstance(node._get_node(name), DictConfig):
+                    yield from below(node._get_node(name), f"{prefix}{name}.")
 
     try:
-        cfg = compose([word for word in words if word.startswith("experiment=") and "," not in word])
+        cfg = compose([word for word in words if re.match(r"experiment=[^,]+$", word)])
     except Exception:  # the experiment is what is wrong: there is nothing to compare with
-        return []
-    return [key for key in below(cfg, "") if not key.rpartition(".")[2].startswith("_")]
+        return f"{key}: there is no such key"
+    parent, _, name = key.rpartition(".")
+    owner = OmegaConf.select(cfg, parent) if parent else None
+    target = owner.get("_target_") if isinstance(owner, DictConfig) else None
+    if target and name in inspect.signature(get_object(target)).parameters:
+        return f"{key}: not in this config, but {target} takes it; add it with +{key}=VALUE"
+    return f"{key}: there is no such key{did_you_mean(key, below(cfg, ''))}"

@@ -10,7 +10,7 @@ import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -53,7 +54,10 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         >>> compose(["experiment=speed_digits", "seed=3"]).seed
         3
     """
-    with initialize_config_module("hasten.configs", version_base="1.3"):
+    # inside a job of the command line Hydra stands already, with the search path that its words asked for
+    standing = GlobalHydra().is_initialized()
+    ready = nullcontext() if standing else initialize_config_module("hasten.configs", version_base="1.3")
+    with ready:
         cfg = hydra_compose("train", list(overrides), return_hydra_config=True)
     return named(cfg, cfg.hydra.runtime.choices.get("experiment"), overrides)
 
@@ -109,12 +113,25 @@ def _run(cfg: DictConfig, folder: Path) -> Result:
 
 def _objects(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Trainer]:
     datamodule = build(cfg, "data")
+    _check_image(cfg, datamodule)
     module = build(cfg, "module")
     if cfg.compile:
         module.model.compile()  # in place: the state_dict keeps its keys
     callbacks, loggers = build(cfg, "callbacks"), build(cfg, "logger")
     trainer = build(cfg, "trainer", callbacks=list(callbacks.values()), logger=list(loggers.values()))
     return datamodule, module, trainer
+
+
+def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
+    """Whether ``image``, which models are built by, says what the data holds; a stranger's datamodule need not tell."""
+    channels, size, _ = getattr(datamodule, "image_shape", (None, None, None))
+    classes = getattr(datamodule, "num_classes", None)
+    for key, found in {"channels": channels, "size": size, "num_classes": classes}.items():
+        if found is not None and found != cfg.image[key]:
+            raise HastenError(
+                f"image.{key}: expected {found}, as in {type(datamodule).__name__}, got {cfg.image[key]}; "
+                f"set image.{key}={found}"
+            )
 
 
 # ------------------------------------------------------------------ folders
@@ -212,7 +229,7 @@ def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
     for name in cfg.first:
         if name in below:
             raise HastenError(f"first: {' -> '.join([*below, name])}: an experiment cannot wait for itself")
-        stage = compose([f"experiment={name}"])
+        stage = compose([f"experiment={name}", *(word for word in cfg.overrides if "hydra.searchpath=" in word)])
         stage.seed, stage.data, stage.image = cfg.seed, cfg.data, cfg.image
         stage.trainer.accelerator = cfg.trainer.accelerator
         stages += _stages(stage, (*below, name))
