@@ -44,6 +44,15 @@ def configure_optimizers(
         optimizer: called with the groups.
         scheduler: called with the optimizer, and with ``total_steps`` where it takes such an argument.
         total_steps: asked only then: Lightning counts batches for it.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.optim import SGD
+        >>> from hasten.optim import cosine
+        >>> groups = parameter_groups(nn.Linear(2, 3))
+        >>> made = configure_optimizers(groups, partial(SGD, lr=0.1), cosine, total_steps=lambda: 100)
+        >>> made["lr_scheduler"]["interval"]
+        'step'
     """
     made = optimizer(groups)
     if scheduler is None:
