@@ -211,7 +211,7 @@ MISTAKES = {
     "no threads": (["threads=0"], "threads: expected >= 1, got 0"),
     "unknown precision": (["precision=8-bit"], "precision: expected one of 32-true"),
     "unknown metric": (["objective.metric=val/accuracy"], "objective.metric: "),
-    "missing folder": (["data=image_folder", "data.root=nowhere", "data.image_size=8", "image.size=8"], "data: "),
+    "missing folder": (["data=image_folder", "data.root=nowhere", "image.num_classes=2"], "data: "),
     "no checkpoint": (["ckpt_path=no.ckpt"], "ckpt_path: expected a checkpoint, there is no file 'no.ckpt'"),
     "corrupted checkpoint": (["ckpt_path=broken.ckpt"], "ckpt_path: 'broken.ckpt' is no whole Lightning checkpoint"),
     "foreign checkpoint": (["ckpt_path=foreign.ckpt"], "ckpt_path: 'foreign.ckpt' is of another model: "),

@@ -79,9 +79,7 @@ class EpochLoader:
         self.seed = seed
         self.epoch = 0
         self.position = 0
-        # where Lightning looks for `set_epoch`; under the loader's own name `sampler` it would try to replace it
-        self.batch_sampler = SimpleNamespace(sampler=SimpleNamespace(set_epoch=self._begin_with))
-        self._steps_per_epoch = steps_per_epoch or self.__len__
+        self._steps_per_epoch = steps_per_epoch
         self._resumed = False
         self._restored_to_start = False
         self._asked = False
@@ -109,7 +107,7 @@ class EpochLoader:
     def _pass(self) -> Iterator[Any]:
         # A generator's body runs from the first `next` on, and it must: Lightning asks for an iterator twice before it
         # restores the position or says which epoch begins.
-        steps = int(min(len(self), self._steps_per_epoch()))
+        steps = len(self) if self._steps_per_epoch is None else int(min(len(self), self._steps_per_epoch()))
         if self.position >= (steps if self._resumed else 1):
             self.epoch, self.position = self.epoch + 1, 0
         self._restored_to_start = self._resumed and self.position == 0
@@ -151,6 +149,12 @@ class EpochLoader:
                 )
         self.epoch, self.position = state_dict["epoch"], state_dict["position"]
         self._resumed = True
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for a ``set_epoch``; a ``sampler`` of the loader itself it would try to replace."""
+        # made anew each time: held by the loader it would be a cycle, and workers freed by the garbage collector linger
+        return SimpleNamespace(sampler=SimpleNamespace(set_epoch=self._begin_with))
 
     def _begin_with(self, epoch: int) -> None:
         """Hear from Lightning that an epoch begins; its number counts only where the loader has none of its own."""
