@@ -22,4 +22,4 @@ def test_a_card_without_front_matter_is_refused_in_one_line():
 
 def test_a_card_names_what_its_front_matter_lacks():
     with pytest.raises(HastenError, match=r"^cards/x.md: front matter: expected exports, tests, ddp, got none of it"):
-        registry._card("x.md", "---\nname: x\nkind: tool\nsaves: time\n---\ntext\n")
+        registry._card("x.md", "---\nname: x\nkind: tool\ngives: time\n---\ntext\n")

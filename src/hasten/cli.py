@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
+    except BrokenPipeError:  # `hasten list | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("hasten: interrupted", file=sys.stderr)
         return 130
@@ -80,7 +83,7 @@ def _help(_: list[str]) -> int:
 def _list(_: list[str]) -> int:
     cards = registry.cards().values()
     print("Methods and tools")
-    _print_lines({card.name: str(card.front["saves"]) for card in cards})
+    _print_lines({card.name: card.summary for card in cards})
     for title, group in [("Experiments", "experiment"), ("Data", "data")]:
         print(f"\n{title}")
         _print_lines(registry.group(group))

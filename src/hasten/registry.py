@@ -11,10 +11,10 @@ import yaml
 
 from hasten.errors import HastenError
 
-_EVERY_CARD = ["name", "exports", "tests", "saves", "ddp"]
 CARD_FIELDS = {
-    "method": [*_EVERY_CARD, "family", "paper", "experiments", "benchmark", "costs", "evidence", "compile", "when_not"],
-    "tool": _EVERY_CARD,
+    "method": ["name", "family", "paper", "exports", "experiments", "tests", "benchmark", "saves", "costs", "evidence"]
+    + ["ddp", "compile", "when_not"],
+    "tool": ["name", "exports", "tests", "gives", "ddp"],
 }
 """The front matter a card owes, by its ``kind``."""
 
@@ -27,6 +27,11 @@ class Card:
     kind: str
     front: dict[str, Any] = field(repr=False)
     text: str = field(repr=False)
+
+    @property
+    def summary(self) -> str:
+        """What it saves (a method) or gives (a tool), in one line."""
+        return self.front["saves" if self.kind == "method" else "gives"]
 
 
 def cards() -> dict[str, Card]:
