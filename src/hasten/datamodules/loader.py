@@ -117,7 +117,7 @@ class EpochLoader:
         self._plan[:] = [(epoch, indices) for indices in self._order(epoch)[start:steps]]
         for position, batch in enumerate(self._loader, start=start + 1):
             if isinstance(batch, HastenError):
-                raise batch
+                raise HastenError(*batch.args)  # a new one: this frame holds the other, its traceback holds this frame
             # before the batch is used, because a checkpoint written after that must not repeat it
             self.epoch, self.position = (epoch, position) if position < steps else (epoch + 1, 0)
             yield batch
