@@ -12,7 +12,6 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from hasten import configs, nn
 from hasten.nn import TimestepSampler, UniformSampler, alphas_cumprod, num_timesteps
-from hasten.nn.protocols import SupportsTimestepSampler
 from hasten.nn.timesteps import prediction_type_of
 
 LINEAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -95,13 +94,6 @@ def test_a_copy_of_a_sampler_draws_on_its_own():
     sampler.generator = seeded(1)
     twin = copy.deepcopy(sampler)
     assert sampler.sample(4).equal(twin.sample(4))
-
-
-def test_a_module_with_a_sampler_meets_the_protocol():
-    module = torch.nn.Module()
-    assert not isinstance(module, SupportsTimestepSampler)
-    module.timestep_sampler = UniformSampler(10)
-    assert isinstance(module, SupportsTimestepSampler)
 
 
 def test_a_fixed_law_ignores_steps_and_losses():

@@ -12,8 +12,8 @@ LossTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
 class SupportsTimestepSampler(Protocol):
     """A diffusion module that draws its timesteps by ``t, w = self.timestep_sampler(n)``.
 
-    ``t`` is (n,) int64 in [0, T), ``w`` (n,) float32: the module multiplies its per-sample loss by ``w``. Not to be asked
-    by isinstance, which from Python 3.12 on does not see the children of an nn.Module: ask for a callable attribute.
+    ``t`` is (n,) int64 in [0, T), ``w`` (n,) float32: the module multiplies its per-sample loss by ``w``. Ask for a
+    callable attribute: isinstance, from Python 3.12 on, does not see the children of an nn.Module.
     """
 
     timestep_sampler: Callable[[int], tuple[Tensor, Tensor]]
