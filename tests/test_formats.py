@@ -9,9 +9,14 @@ from hasten.formats import whole_file, write_json
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError, match="disk"), whole_file(path) as unfinished:
-        unfinished.write_text("half")
-        raise RuntimeError("disk full")
+
+    def write_half():
+        with whole_file(path) as unfinished:
+            unfinished.write_text("half")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_half()
     assert json.loads(path.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
