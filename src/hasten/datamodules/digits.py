@@ -57,6 +57,7 @@ class Digits(ImageDataModule):
         )
         self._check_part("val", val)
         self._check_part("test", test)
+        self._sizes(1797, test, val)
         self.val = val
         self.test = test
 

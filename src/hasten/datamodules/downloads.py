@@ -70,12 +70,15 @@ class DownloadedImages(ImageDataModule):
         self.val = val
 
     def prepare_data(self) -> None:
-        """Download what is not there; one process at a time, also where nodes share ``root``."""
-        if not self.download or self._is_whole():
+        """Download what is not there; one process at a time, also where several nodes share ``root``."""
+        if not self.download:
             return
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{self.name}.lock"):
-            self._open(train=True, download=True)
+        try:
+            self._open(train=True)
+        except HastenError:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / f".{self.name}.lock"):
+                self._open(train=True, download=True)
 
     def read(self) -> Splits:
         """Train and test part in memory, the validation images out of the train part."""
@@ -94,14 +97,6 @@ class DownloadedImages(ImageDataModule):
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         return resized(images, self.image_shape[1]), labels
 
-    def _is_whole(self) -> bool:
-        try:
-            self._open(train=True)
-            self._open(train=False)
-        except HastenError:
-            return False
-        return True
-
     def _open(self, *, train: bool, download: bool = False) -> Any:
         where = self.root / self._folder
         try:
@@ -110,7 +105,7 @@ class DownloadedImages(ImageDataModule):
                 raise ValueError(f"{len(part.data)} images and {len(part.targets)} labels")
         except Exception as error:  # torchvision names a broken file by half a dozen exceptions
             reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-            remedy = "connect to the network" if download else "set download=true"
+            remedy = "connect to the network" if self.download else "set download=true"
             raise HastenError(
                 f"{self.name}: expected {self._files} in {str(where)!r}, got no whole copy ({reason}); "
                 f"delete what is broken there, then {remedy} or put them there yourself"

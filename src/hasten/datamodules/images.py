@@ -158,14 +158,19 @@ class ImageDataModule(LightningDataModule):
             labels: of all images.
             parts: numbers of images, or where they are floats shares of all.
         """
-        sizes = [round(part * len(labels)) if isinstance(part, float) else part for part in parts]
-        if sum(sizes) >= len(labels):
-            raise HastenError(
-                f"{self.name}: expected some of {len(labels)} images left for training, "
-                f"got {' + '.join(map(str, sizes))} taken out; lower val or test"
-            )
+        sizes = self._sizes(len(labels), *parts)
         order = stratified_order(labels, seed=self.split_seed)
         return [part.sort().values for part in order.split([*sizes, len(labels) - sum(sizes)])]
+
+    def _sizes(self, total: int, *parts: int | float) -> list[int]:
+        """``parts`` of ``total`` images as numbers, if they leave some."""
+        sizes = [round(part * total) if isinstance(part, float) else part for part in parts]
+        if sum(sizes) >= total:
+            raise HastenError(
+                f"{self.name}: expected some of {total} images left for training, "
+                f"got {' + '.join(map(str, sizes))} taken out; lower val or test"
+            )
+        return sizes
 
     def _check_int(self, key: str, value: Any, *, at_least: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
@@ -181,10 +186,10 @@ class ImageDataModule(LightningDataModule):
     def _per_channel(self, key: str, value: float | Sequence[float], channels: int) -> Tensor:
         try:
             numbers = torch.tensor(value, dtype=torch.float32).view(-1, 1, 1)
-        except (TypeError, ValueError) as error:
-            raise HastenError(f"{self.name}: {key}: expected a number or one per channel, got {value!r}") from error
+        except (TypeError, ValueError):
+            numbers = torch.empty(0)
         if len(numbers) not in (1, channels):
-            raise HastenError(f"{self.name}: {key}: expected 1 or {channels} numbers, got {len(numbers)}")
+            raise HastenError(f"{self.name}: {key}: expected a number, or {channels} for the channels, got {value!r}")
         return numbers
 
 

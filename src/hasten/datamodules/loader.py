@@ -145,7 +145,7 @@ class EpochLoader:
             if state_dict[name] != here[name]:
                 raise HastenError(
                     f"loader: {name.replace('_', ' ')}: expected {state_dict[name]} as in the checkpoint, which was "
-                    f"written within an epoch, got {here[name]}; resume with the data, batch size and seed it had"
+                    f"written within an epoch, got {here[name]}; resume with its data, batch size, processes and seed"
                 )
         self.epoch, self.position = state_dict["epoch"], state_dict["position"]
         self._resumed = True
@@ -159,8 +159,8 @@ class EpochLoader:
     def _begin_with(self, epoch: int) -> None:
         """Hear from Lightning that an epoch begins; its number counts only where the loader has none of its own."""
         if self._asked and not self._resumed:
-            # A fit begins: no other epoch follows a request for an iterator. From a checkpoint of the end of an epoch
-            # Lightning restores no loader, but says here which epoch is next.
+            # A fit begins: before later epochs the last request for an iterator was followed by batches. Lightning may
+            # restore no loader from a checkpoint of the end of an epoch, but here it says which epoch is next.
             self.epoch, self.position = epoch, 0
         elif self._restored_to_start and self.position == 1:
             # Lightning 2.6, resumed with `max_steps` after an epoch that ended without validation, draws one batch
