@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from hasten.errors import HastenError, did_you_mean
 from hasten.functional import noise_zones
 from hasten.nn import LinearSkip, TimestepSampler, UniformSampler, alphas_cumprod
+from hasten.nn.sharding import shard
 from hasten.optim import configure_optimizers, parameter_groups
 from hasten.optim.build import OptimizerFactory, SchedulerFactory
 
@@ -149,6 +150,10 @@ class Diffusion(LightningModule):
                 f"diffusion: num_classes: expected {classes}, as in {type(datamodule).__name__}, got {self.num_classes}"
             )
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
+
     def on_fit_start(self) -> None:
         # Lightning seeds all ranks alike: they would add the same noise at the same timesteps
         if self.global_rank > 0:
@@ -167,7 +172,7 @@ class Diffusion(LightningModule):
         mse = self._mse(x, torch.randn_like(x), t, labels)
         self.timestep_sampler.update(t, mse.detach())
         loss = (weight * mse).mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         self.log("train/mse", mse.mean())
         self.log("sampler/mean_t", t.float().mean())
         self.log("sampler/mean_weight", weight.mean())
