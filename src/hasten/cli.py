@@ -113,11 +113,13 @@ def _train(words: list[str]) -> None:
     parsed = parser.parse_intermixed_args(words)
     sweep = parsed.multirun
     words = [*(word for word in words if word not in parsed.overrides), *parsed.overrides]  # Hydra wants flags first
+    wanted = os.environ.get("HYDRA_FULL_ERROR")
     failures: list[Exception] = []
 
     def task(cfg: "DictConfig") -> float | None:
         try:
-            return _job(cfg)
+            with _full_error(wanted):  # processes that the job starts inherit it
+                return _job(cfg)
         except Exception as error:  # Hydra would print a line of its own and, in a sweep, raise only the first
             failures.append(error)
             if sweep:
@@ -125,7 +127,7 @@ def _train(words: list[str]) -> None:
             return None
 
     entry = hydra.main(config_path="pkg://hasten.configs", config_name="train", version_base="1.3")(task)
-    with _hydra_that_raises(words):
+    with _argv(words), _full_error("1"):
         try:
             entry()
         except Exception as error:
@@ -156,7 +158,7 @@ def _job(cfg: "DictConfig") -> float | None:
         told = [word for word in words if word.split("=")[0] not in ("experiment", "seed", "run_dir")]
         sweep = re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", ",".join(told))[:80] or str(hydra_cfg.job.num)
         trainer = cfg.trainer
-        if trainer.get("strategy") is not None or trainer.devices not in (1, "1"):
+        if trainer.strategy != "auto" or trainer.devices not in (1, "1"):
             raise HastenError(
                 "--multirun: expected one process a job, got several (trainer.strategy or trainer.devices); "
                 "start the jobs one by one"
@@ -187,18 +189,28 @@ def _print_result(result: "Result") -> None:
 
 
 @contextmanager
-def _hydra_that_raises(words: list[str]) -> Iterator[None]:
-    """Hydra reads the command line from sys.argv, and prints and exits where HYDRA_FULL_ERROR is not set."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *words], "1"
+def _argv(words: list[str]) -> Iterator[None]:
+    """``words`` as the process's own, where Hydra and the processes that DDP starts read them."""
+    argv = sys.argv
+    sys.argv = [argv[0], *words]
     try:
         yield
     finally:
         sys.argv = argv
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextmanager
+def _full_error(value: str | None) -> Iterator[None]:
+    """HYDRA_FULL_ERROR as ``value``: "1" makes Hydra raise, where else it prints and exits."""
+    before = os.environ.pop("HYDRA_FULL_ERROR", None)
+    if value is not None:
+        os.environ["HYDRA_FULL_ERROR"] = value
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 # ------------------------------------------------------------------ errors

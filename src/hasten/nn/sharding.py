@@ -3,19 +3,20 @@
 from collections.abc import Iterator
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard ``model`` in place over the data-parallel ranks of ``mesh``: each block of its lists alone, then the rest.
+    """Shard ``model`` in place over all ranks of ``mesh``: each block of its lists alone, then the rest.
 
     A block's parameters are whole on a rank during its own forward and backward only. To be called in
     ``configure_model``, before the optimizer is built.
     """
     if isinstance(model, FSDPModule):
         return  # Lightning configures the model again before each of fit, validate and test
-    ranks = mesh["data_parallel"] if "data_parallel" in (mesh.mesh_dim_names or ()) else mesh
+    # Lightning's mesh lays the devices of a node along its tensor-parallel axis, and nothing here is tensor-parallel
+    ranks = init_device_mesh(mesh.device_type, (mesh.size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=ranks)
     fully_shard(model, mesh=ranks)
