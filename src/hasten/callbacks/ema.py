@@ -1,5 +1,6 @@
 """EMA: train one set of weights; validate, draw and keep their exponential moving average."""
 
+import warnings
 from itertools import chain
 from typing import Any, cast
 
@@ -76,7 +77,10 @@ class EMA(EMAWeightAveraging):
             )
         self._latest_update_step = trainer.global_step  # the callback may have served another fit
         self._updates, self.is_in = 0, False
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():
+            # of modules that could shard: strategies that would are refused above
+            warnings.filterwarnings("ignore", message=".*overrides the configure_model")
+            super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be averaged: the two sets of weights are paired by position."""
