@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("hasten: interrupted", file=sys.stderr)
+        print("hasten: interrupted; ckpt_path=<its folder>/checkpoints/last.ckpt continues the run", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -97,29 +97,24 @@ def _run(cfg: DictConfig, folder: Path) -> Result:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule, module, trainer = _objects(cfg)
+    datamodule = build(cfg, "data")
+    _check_image(cfg, datamodule)
+    module = build(cfg, "module")
     ckpt_path = _checkpoint(cfg.ckpt_path, module)
+    if cfg.compile:
+        module.model.compile()  # in place: the state_dict keeps its keys
+    callbacks, loggers = build(cfg, "callbacks"), build(cfg, "logger")
+    trainer = build(cfg, "trainer", callbacks=list(callbacks.values()), logger=list(loggers.values()))
     with _recorded(cfg, folder, trainer) as result:
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        with _set_up_errors(cfg, trainer):
+        with _in_our_words(cfg, trainer):
             trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
         metrics = _numbers(trainer)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
         result["metrics"] = metrics | _numbers(trainer)
     return Result(result["metrics"], folder, trainer, module, datamodule)
-
-
-def _objects(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Trainer]:
-    datamodule = build(cfg, "data")
-    _check_image(cfg, datamodule)
-    module = build(cfg, "module")
-    if cfg.compile:
-        module.model.compile()  # in place: the state_dict keeps its keys
-    callbacks, loggers = build(cfg, "callbacks"), build(cfg, "logger")
-    trainer = build(cfg, "trainer", callbacks=list(callbacks.values()), logger=list(loggers.values()))
-    return datamodule, module, trainer
 
 
 def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
@@ -196,10 +191,14 @@ def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[
 
 
 @contextmanager
-def _set_up_errors(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
-    """Lightning's complaints about a set-up as HastenError."""
+def _in_our_words(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
+    """Lightning's complaints about a set-up as HastenError, and its answer to Ctrl-C as KeyboardInterrupt."""
     try:
         yield
+    except SystemExit as error:
+        if error.code == 1:  # Lightning has closed everything and would leave without a word
+            raise KeyboardInterrupt from error
+        raise
     except MisconfigurationException as error:
         if "monitored key" in str(error):
             logged = did_you_mean(cfg.objective.metric, trainer.callback_metrics)
@@ -266,6 +265,8 @@ def _checkpoint(path: str | None, module: LightningModule) -> str | None:
     """``path`` if it is a checkpoint of ``module``; a HastenError in one line if it is anything else."""
     if path is None:
         return None
+    if Path(path, "meta.pt").is_file():
+        return path  # a sharded one, a folder: read by the strategy that wrote it
     if not Path(path).is_file():
         raise HastenError(f"ckpt_path: expected a checkpoint, there is no file {path!r}")
     try:
