@@ -107,6 +107,28 @@ def test_integer_buffers_keep_their_present_value():
     assert module.net[1].num_batches_tracked == 8
 
 
+def test_derived_tables_are_neither_averaged_nor_swapped():
+    tables = []
+
+    class Scheduled(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.net[0].register_buffer("table", torch.zeros(1), persistent=False)
+
+        def training_step(self, batch, batch_idx):
+            self.net[0].table += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            tables.append(self.net[0].table.item())
+
+    module, weights = Scheduled(), Weights()
+    trainer(weights, EMA(0.9, update_every_n_steps=3)).fit(module, loader(), loader())
+    assert tables == 4 * [4] + 4 * [8]
+    assert module.net[0].table == 8
+    assert_same(module.state_dict(), average(weights.trained[::3], 0.9))
+
+
 def test_validation_runs_on_the_average_and_training_goes_on_with_the_trained_weights():
     plain, averaged = Weights(), Weights()
     trainer(plain).fit(foreign(), loader(), loader())

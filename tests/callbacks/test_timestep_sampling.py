@@ -216,11 +216,19 @@ def test_gradients_are_the_same_under_accumulation():
 
 
 def test_gradients_are_near_in_bfloat16():
-    module = foreign()
+    class EndsInConv(Net):
+        def forward(self, x, timestep):
+            prediction = self.conv(x + self.embedding(timestep)[:, :, None, None])
+            kinds.append(prediction.dtype)
+            return prediction
+
+    kinds = []
+    module = Stranger(EndsInConv())
     before = weights_of(module)
     fit(module, TimestepSampling(SpeeDSampler), precision="bf16-mixed")
     weights = SpeeDSampler(module.scheduler).weights
     assert_changed_by(module, before, explicit_gradients(module, before, weights, dtype=torch.bfloat16), tolerance=1e-2)
+    assert set(kinds) == {torch.bfloat16}
 
 
 def test_gradients_of_a_diffusers_unet_are_those_of_an_explicitly_weighted_loss():
@@ -332,6 +340,13 @@ def test_a_curriculum_moves_on_with_the_optimizer_steps():
     assert module.batches[2][2].unique().tolist() == [300]
 
 
+def test_a_curriculum_waits_for_the_steps_of_accumulated_batches():
+    module = foreign()
+    sampler = CLTSSampler(module.scheduler, std=0.1, mean=300, ramp_steps=2)
+    fit(module, TimestepSampling(sampler, weighting="fold"), steps=3, accumulate_grad_batches=2)
+    assert [t.unique().tolist() == [300] for _, _, t in module.batches] == [False] * 4 + [True] * 2
+
+
 def test_the_timesteps_are_those_of_the_sampler_under_the_seed():
     module = fit(foreign(), TimestepSampling(SpeeDSampler, seed=0))
     assert timesteps(module).tolist() == [886, 537, 349, 699, 490, 244, 105, 293]
@@ -393,6 +408,27 @@ def test_previews_without_gradients_are_left_alone():
     assert_changed_by(module, before, explicit_gradients(module, before, SpeeDSampler(module.scheduler).weights))
 
 
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.enable_grad])
+def test_noise_may_be_added_without_gradients_and_again_for_a_preview(quiet):
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),))
+        with quiet():
+            noisy = self.scheduler.add_noise(x, noise, t)
+        with torch.no_grad():
+            late = torch.full((2,), 999)
+            self.net(self.scheduler.add_noise(x[:2], noise[:2], late), late)
+            assert late.tolist() == [999, 999]
+        self.batches.append((x, noise, t.clone()))
+        return F.mse_loss(self.net(noisy, t), noise)
+
+    module = foreign(training_step=training_step)
+    before = weights_of(module)
+    fit(module, TimestepSampling(SpeeDSampler, seed=0))
+    assert timesteps(module).tolist() == [886, 537, 349, 699, 490, 244, 105, 293]
+    assert_changed_by(module, before, explicit_gradients(module, before, SpeeDSampler(module.scheduler).weights))
+
+
 @pytest.mark.parametrize("compiled", ["outer", "in place", pytest.param("whole", marks=pytest.mark.slow)])
 def test_a_compiled_module_is_weighed(compiled):
     torch._dynamo.reset()
@@ -426,13 +462,13 @@ def test_after_the_first_batch_nothing_waits_for_the_device():
 
     module = foreign()
     module.log = lambda *_: None
-    adapter = TimestepAdapter(SpeeDSampler(module.scheduler), module.scheduler, module.net)
+    adapter = TimestepAdapter(SpeeDSampler(module.scheduler), module, module.scheduler, module.net)
     for reads in (True, False):
         read.clear()
         adapter.start()
         with Reads():
             module.training_step([torch.randn(8, 1, 4, 4)], 0).backward()
-        adapter.stop()
+        adapter.stop(skipped=False)
         assert len(read) > 10
         assert any(read) == reads
 
@@ -589,6 +625,16 @@ def test_no_scheduler_is_refused():
     assert "scheduler: expected one in Stranger, with add_noise and betas, got none; pass scheduler=" in message
 
 
+def test_a_scheduler_out_of_sight_is_refused_with_what_would_help():
+    module = foreign()
+    module.parts = {"scheduler": module.scheduler}
+    del module.scheduler
+    help = "dots allowed; keep it as an attribute"
+    assert "got none; pass scheduler='<attribute>', " + help in refusal(module, TimestepSampling(SpeeDSampler))
+    message = refusal(module, TimestepSampling(SpeeDSampler, scheduler="parts.scheduler"))
+    assert "expected an attribute of Stranger, got 'parts.scheduler'; " + help in message
+
+
 def test_several_schedulers_are_refused_until_one_is_named():
     module = foreign()
     module.sampling_scheduler = DDIMScheduler(num_train_timesteps=1000)
@@ -611,6 +657,13 @@ def test_no_denoiser_is_refused():
     assert "denoiser: expected one in Stranger" in message
     assert "got none; pass denoiser=" in message
     fit(Stranger(Plain()), TimestepSampling(SpeeDSampler, denoiser="net"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_traced_child_whose_forward_has_no_signature_is_no_denoiser():
+    module = foreign()
+    module.teacher = torch.jit.trace(nn.Identity(), torch.zeros(1))
+    fit(module, TimestepSampling(SpeeDSampler))
 
 
 def test_several_denoisers_are_refused_until_one_is_named():
@@ -653,6 +706,28 @@ def test_a_module_that_adds_its_noise_itself_is_refused():
     assert "add_noise: expected the scheduler to be called in a training batch, got no call" in message
 
 
+@pytest.mark.parametrize("make", [foreign, Willing])
+def test_a_skipped_first_batch_leaves_the_proof_to_the_next(make):
+    module = make()
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) if batch_idx else None
+    sampling = TimestepSampling(SpeeDSampler, attach="protocol" if make is Willing else "adapter")
+    trainer(sampling, steps=2, max_epochs=1).fit(module, loader(2))
+    assert len(module.batches) == 1
+
+    module = foreign(training_step=lambda self, batch, batch_idx: self.net.conv(batch[0]).mean() if batch_idx else None)
+    module.timestep_sampler = UniformSampler(1000)
+    assert "got no call" in refusal(module, sampling, steps=2)
+
+
+@pytest.mark.parametrize("attach", ["adapter", "protocol"])
+def test_a_step_that_optimizes_by_hand_is_not_taken_for_a_skipped_batch(attach):
+    module = foreign(training_step=lambda self, batch, batch_idx: None)
+    module.timestep_sampler = UniformSampler(1000)
+    module.automatic_optimization = False
+    assert "got no call" in refusal(module, TimestepSampling(SpeeDSampler, attach=attach))
+
+
 def with_timesteps(draw):
     """A training step that gives the scheduler what ``draw(n)`` returns."""
 
@@ -687,6 +762,20 @@ def test_timesteps_that_cannot_be_rewritten_are_refused(draw, got):
     assert "add_noise: timesteps: expected integers of shape (8,) that can be rewritten in place, " + got in message
 
 
+@pytest.mark.parametrize("part", [slice(None), slice(8)], ids=["whole", "view"])
+def test_timesteps_that_the_module_owns_are_refused_and_stay(part):
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        noisy = self.scheduler.add_noise(x, x, self.t_fixed[part])
+        return self.net(noisy, self.t_fixed[part]).mean()
+
+    module = foreign(training_step=training_step)
+    module.register_buffer("t_fixed", torch.arange(8 if part == slice(None) else 9))
+    message = refusal(module, TimestepSampling(SpeeDSampler))
+    assert "got memory of Stranger's own t_fixed, which would be overwritten; pass a copy (t.clone())" in message
+    assert torch.equal(module.t_fixed, torch.arange(len(module.t_fixed)))
+
+
 @pytest.mark.parametrize("second", ["add_noise", "get_velocity"])
 def test_a_second_tensor_of_timesteps_in_one_batch_is_refused(second):
     def training_step(self, batch, batch_idx):
@@ -697,6 +786,23 @@ def test_a_second_tensor_of_timesteps_in_one_batch_is_refused(second):
 
     message = refusal(foreign(training_step=training_step), TimestepSampling(SpeeDSampler))
     assert f"{second}: expected the timesteps of the first call in this batch, got another tensor" in message
+    assert "two loaders in one step, or an optimizer such as LBFGS" in message
+
+
+@pytest.mark.parametrize("weighting", ["grad", "fold"])
+def test_a_second_part_of_the_training_batch_is_no_preview(weighting):
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        losses = []
+        for _ in range(2):
+            noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),))
+            with torch.no_grad():
+                noisy = self.scheduler.add_noise(x, noise, t)
+            losses.append(F.mse_loss(self.net(noisy, t), noise))
+        return sum(losses)
+
+    message = refusal(foreign(training_step=training_step), TimestepSampling(SpeeDSampler, weighting=weighting))
+    assert ("given the timesteps that add_noise was given" if weighting == "grad" else "got another tensor") in message
 
 
 @pytest.mark.parametrize("given", [lambda t: t / 1000, lambda t: t.clone()], ids=["scaled", "copied"])
@@ -748,6 +854,21 @@ def test_predictions_of_another_batch_size_are_refused():
     message = refusal(Stranger(Doubling()), TimestepSampling(SpeeDSampler))
     assert "denoiser: expected predictions for the 8 samples given to add_noise, got shape (16, 1, 4, 4)" in message
     refusal(foreign(training_step=training_step), TimestepSampling(SpeeDSampler))
+
+
+def test_a_batch_in_parts_is_refused_and_folding_serves_it():
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),))
+        noisy = self.scheduler.add_noise(x, noise, t)
+        return F.mse_loss(torch.cat([self.net(noisy[:4], t[:4]), self.net(noisy[4:], t[4:])]), noise)
+
+    message = refusal(foreign(training_step=training_step), TimestepSampling(SpeeDSampler))
+    assert (
+        "expected predictions for the 8 samples given to add_noise, got shape (4, 1, 4, 4); pass weighting='fold'"
+        in (message)
+    )
+    fit(foreign(training_step=training_step), TimestepSampling(SpeeDSampler, weighting="fold"))
 
 
 def test_an_unusual_output_is_refused_and_folding_serves_it():
@@ -918,14 +1039,18 @@ def test_what_a_sampler_has_seen_is_resumed(tmp_path):
     assert sampling.state_dict()["sampler"]["seen"].sum() == 3 * 8
 
 
-def test_a_checkpoint_of_other_processes_reseeds_with_one_warning(tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "device", "is_of"), [(2, "cpu", "2 processes on cpu"), (1, "cuda", "1 processes on cuda")]
+)
+def test_a_checkpoint_of_other_processes_reseeds_with_one_warning(processes, device, is_of, tmp_path):
     fit(foreign(), TimestepSampling(SpeeDSampler, seed=0), every_step(tmp_path), steps=2, enable_checkpointing=True)
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
-    checkpoint["callbacks"]["TimestepSampling"]["generators"] *= 2
-    torch.save(checkpoint, tmp_path / "two.ckpt")
+    checkpoint["callbacks"]["TimestepSampling"]["generators"] *= processes
+    checkpoint["callbacks"]["TimestepSampling"]["device"] = device
+    torch.save(checkpoint, tmp_path / "other.ckpt")
     module, sampling = foreign(), TimestepSampling(SpeeDSampler, seed=0)
-    with pytest.warns(UserWarning, match="the checkpoint is of 2 processes on cpu, this run has 1 on cpu") as caught:
-        trainer(sampling, steps=3).fit(module, loader(), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match=f"the checkpoint is of {is_of}, this run has 1 on cpu") as caught:
+        trainer(sampling, steps=3).fit(module, loader(), ckpt_path=tmp_path / "other.ckpt", weights_only=True)
     assert sum("timestep_sampling" in str(warning.message) for warning in caught) == 1
     expected = SpeeDSampler(module.scheduler).sample(8, torch.Generator().manual_seed(2))
     assert torch.equal(timesteps(module), expected)

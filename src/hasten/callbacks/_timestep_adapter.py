@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -43,6 +44,7 @@ class TimestepAdapter:
 
     Args:
         draw: n -> timesteps, (n,), and their weights, (n,), or None where nothing is weighed.
+        module: that trains; timesteps that are its own parameter or buffer are refused, not overwritten.
         scheduler: with ``add_noise(samples, noise, timesteps)`` and perhaps ``get_velocity``.
         denoiser: whose prediction is weighed, or None.
         weighted_channels: so many leading channels of the prediction are weighed; None: all.
@@ -51,11 +53,13 @@ class TimestepAdapter:
     def __init__(
         self,
         draw: Callable[[int], tuple[Tensor, Tensor | None]],
+        module: nn.Module,
         scheduler: Any,
         denoiser: nn.Module | None = None,
         weighted_channels: int | None = None,
     ) -> None:
         self._draw = draw
+        self._module = module
         self._denoiser = denoiser
         self._weighted_channels = weighted_channels
         self._active = False
@@ -74,10 +78,10 @@ class TimestepAdapter:
         """A training batch begins."""
         self._active, self._weighed, self._drawn = True, False, None
 
-    def stop(self) -> Draw | None:
-        """A training batch is over; what it was given."""
+    def stop(self, *, skipped: bool) -> Draw | None:
+        """A training batch is over; what it was given. One skipped before its draw leaves the proof to the next."""
         drawn, self._drawn, self._active = self._drawn, None, False
-        if not self._proven:
+        if not (self._proven or (skipped and drawn is None)):
             self._prove(drawn)
         return drawn
 
@@ -115,16 +119,30 @@ class TimestepAdapter:
 
     def _rewrite(self, name: str, timesteps: Any, n: int) -> None:
         """Draw once a batch, into the tensor that the module made."""
+        if self._drawn is not None and self._denoiser is not None and not torch.is_grad_enabled():
+            return  # a preview; were it the training path after all, _check_given would tell
         _check_writable(name, timesteps, n)
         if self._drawn is None:
+            if not self._proven:
+                self._check_not_owned(name, timesteps)
             t, weights = self._draw(n)
             timesteps.copy_(t)
             self._drawn = Draw(timesteps, t, weights)
         elif not timesteps.is_set_to(self._drawn.timesteps):
             raise HastenError(
                 f"timestep_sampling: {name}: expected the timesteps of the first call in this batch, got another "
-                "tensor, and only one draw can be weighed; pass the same tensor, or use attach='protocol'"
+                "tensor (two loaders in one step, or an optimizer such as LBFGS that repeats it?), and only one draw "
+                "can be weighed; pass the same tensor, or use attach='protocol'"
             )
+
+    def _check_not_owned(self, name: str, timesteps: Tensor) -> None:
+        storage = timesteps.untyped_storage().data_ptr()
+        for owned, tensor in chain(self._module.named_parameters(), self._module.named_buffers()):
+            if tensor.untyped_storage().data_ptr() == storage:
+                raise HastenError(
+                    f"timestep_sampling: {name}: timesteps: expected a tensor made for this batch, got memory of "
+                    f"{type(self._module).__name__}'s own {owned}, which would be overwritten; pass a copy (t.clone())"
+                )
 
     # ------------------------------------------------------------------ 3: weights
 
@@ -146,18 +164,21 @@ class TimestepAdapter:
         """The same prediction, whose gradient will be weighed; without gradients (previews) the very same object."""
         if not self._active or not torch.is_grad_enabled():
             return output
-        if not self._proven:
+        weights = None if self._drawn is None else self._drawn.weights
+        weighed = output if weights is None else self._weighed_output(output, weights)
+        if not self._proven:  # after the sizes: of part of a batch, they are the fault
             self._check_given(args, kwargs)
-        if self._drawn is None or self._drawn.weights is None:
-            return output
+        return weighed
+
+    def _weighed_output(self, output: Any, weights: Tensor) -> Any:
         self._weighed = True
         if isinstance(output, Tensor):
-            return self._weighed_prediction(output, self._drawn.weights)
+            return self._weighed_prediction(output, weights)
         if isinstance(getattr(output, "sample", None), Tensor):
-            output.sample = self._weighed_prediction(output.sample, self._drawn.weights)
+            output.sample = self._weighed_prediction(output.sample, weights)
             return output
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            outputs = (self._weighed_prediction(output[0], self._drawn.weights), *output[1:])
+            outputs = (self._weighed_prediction(output[0], weights), *output[1:])
             return type(output)._make(outputs) if hasattr(output, "_make") else outputs  # type: ignore[attr-defined]
         raise HastenError(
             f"timestep_sampling: denoiser: expected to return a tensor, an object with .sample or a tuple led by a "
@@ -281,18 +302,23 @@ def _find(pl_module: nn.Module, role: str, name: str | None, candidates: Mapping
         try:
             return attrgetter(name)(pl_module)
         except AttributeError as error:
+            remedy = did_you_mean(name, candidates) or "; dots allowed; keep it as an attribute"
             raise HastenError(
-                f"timestep_sampling: {role}: expected an attribute of {owner}, got {name!r}"
-                f"{did_you_mean(name, candidates)}"
+                f"timestep_sampling: {role}: expected an attribute of {owner}, got {name!r}{remedy}"
             ) from error
     if len(candidates) == 1:
         return next(iter(candidates.values()))
     got = ", ".join(candidates) or "none"
     raise HastenError(
-        f"timestep_sampling: {role}: expected one in {owner}, {wanted}, got {got}; pass {role}='<attribute>'"
+        f"timestep_sampling: {role}: expected one in {owner}, {wanted}, got {got}; pass {role}='<attribute>', dots "
+        "allowed; keep it as an attribute"
     )
 
 
 def _takes_timesteps(module: nn.Module) -> bool:
     forward = getattr(module, "_orig_mod", module).forward  # torch.compile(module).forward takes (*args, **kwargs)
-    return not {"timestep", "timesteps"}.isdisjoint(inspect.signature(forward).parameters)
+    try:
+        parameters = inspect.signature(forward).parameters
+    except (TypeError, ValueError):  # a scripted or traced forward has no signature
+        return False
+    return not {"timestep", "timesteps"}.isdisjoint(parameters)

@@ -19,7 +19,8 @@ class EMA(EMAWeightAveraging):
 
     Lightning's callback of the same purpose, with the decay min(decay, (1 + n) / (10 + n)) after n updates: a plain
     decay of 0.9999 remembers the initial weights for tens of thousands of steps. The first update takes the weights
-    as they are; integer buffers are never averaged but keep their present value.
+    as they are; integer buffers are never averaged but keep their present value. So do non-persistent buffers: tables
+    derived from something else, they are no state, and the module keeps its own throughout.
 
     Validation runs on the average. In a checkpoint ``state_dict`` is the average and ``current_model_state`` what is
     trained; a resumed fit takes up both. After the fit the module holds the average.
@@ -126,7 +127,11 @@ class EMA(EMAWeightAveraging):
             self._updates = int(self._average_model.n_averaged)
 
     def _swap_models(self, pl_module: LightningModule) -> None:
-        super()._swap_models(pl_module)
+        average = cast(AveragedModel, self._average_model).module
+        for old, new in zip(_tensors(average).values(), _tensors(pl_module).values(), strict=True):
+            trained = new.data.clone()
+            new.data.copy_(old.data)
+            old.data.copy_(trained)
         self.is_in = not self.is_in
 
     @torch.no_grad()
@@ -151,7 +156,14 @@ class EMA(EMAWeightAveraging):
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(chain(module.named_parameters(), module.named_buffers()))
+    """Name -> parameter or persistent buffer."""
+    derived = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, child in module.named_modules()
+        for name in child._non_persistent_buffers_set
+    }
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    return {name: tensor for name, tensor in tensors if name not in derived}
 
 
 def _layout(module: nn.Module) -> dict[str, str]:

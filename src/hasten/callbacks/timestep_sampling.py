@@ -36,7 +36,9 @@ class TimestepSampling(Callback):
     loss that is a sum over samples; a further term of the loss on the same prediction is weighed too, unless
     ``weighted_channels`` leaves it out. The loss that the module logs stays unweighted, but is an average under the
     sampler's law: curves of different samplers do not compare. Logs ``sampler/mean_t`` and ``sampler/mean_weight``. The
-    first batch ends in an error unless the module took this way.
+    first batch ends in an error unless the module took this way. What was computed from the timesteps before
+    ``add_noise``, such as a loss weight, stays as it was, and no check can tell: compute everything that depends on t
+    after ``add_noise``, or use the protocol.
 
     Validation, test and sampling draw as ever. After the fit, or an exception, the module is as it was found. A
     checkpoint holds the generators of all processes, and a resumed run draws what one that never stopped would have.
@@ -157,7 +159,7 @@ class TimestepSampling(Callback):
                 "adapter sees none; use attach='protocol' and let training_step call self.timestep_sampler.update"
             )
         denoiser = find_denoiser(pl_module, self.denoiser) if self.weighting == "grad" else None
-        return TimestepAdapter(_draw(sampler, self.weighting), scheduler, denoiser, self.weighted_channels)
+        return TimestepAdapter(_draw(sampler, self.weighting), pl_module, scheduler, denoiser, self.weighted_channels)
 
     def _made_for(self, scheduler: Any) -> TimestepSampler:
         sampler = self.sampler if isinstance(self.sampler, TimestepSampler) else self.sampler(scheduler)
@@ -201,7 +203,8 @@ class TimestepSampling(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        drawn = cast(_Attachment, self._attachment).stop()
+        skipped = pl_module.automatic_optimization and not outputs  # training_step returned None
+        drawn = cast(_Attachment, self._attachment).stop(skipped=skipped)
         if drawn is not None:
             pl_module.log("sampler/mean_t", drawn.t.float().mean())
             if drawn.weights is not None:
@@ -248,10 +251,10 @@ class _Protocol:
         """A training batch begins."""
         self._attributes["timestep_sampler"] = self._sampler
 
-    def stop(self) -> None:
-        """A training batch is over; the first proves that the module takes its timesteps from the sampler."""
+    def stop(self, *, skipped: bool) -> None:
+        """A training batch is over; the first that is not skipped proves that the module asks the sampler."""
         self._restore()
-        if not self._called:
+        if not (self._called or skipped):
             raise HastenError(
                 "timestep_sampling: protocol: expected the training batch to call self.timestep_sampler, got no call; "
                 "let training_step call t, w = self.timestep_sampler(n), or use attach='adapter'"
