@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from hasten import registry
-from hasten.check import check
+from hasten.check import build, check
 from hasten.run import compose, run
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,42 @@ def test_a_digits_experiment_runs_in_its_tiny_form(name, tmp_path, monkeypatch):
         torch.load(result.folder / "checkpoints" / checkpoint, weights_only=True)
     objective = compose([f"experiment={name}"]).objective.metric
     assert objective in result.metrics
+
+
+class _RandomImages(LightningDataModule):
+    """Noise of the shape that an experiment's data has, two batches a split."""
+
+    def __init__(self, channels: int, size: int, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.split = TensorDataset(torch.rand(4, channels, size, size) * 2 - 1, torch.arange(4) % num_classes)
+
+    def train_dataloader(self):
+        return DataLoader(self.split, batch_size=2)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|logging interval|recommended to use|isinstance.tree)")
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(DIGITS)))
+def test_the_module_of_an_experiment_trains_in_its_tiny_form(name):
+    tiny = list(compose([f"experiment={name}"]).tiny)
+    assert tiny, f"configs/experiment/{name}.yaml: expected tiny: [overrides ...], got none"
+    cfg = compose([f"experiment={name}", *tiny])
+    module = build(cfg, "module")
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(accelerator="cpu", max_steps=2, precision=cfg.precision, **quiet)
+    before = [parameter.detach().clone() for parameter in module.model.parameters()]
+    trainer.fit(module, _RandomImages(**cfg.image))
+    assert trainer.callback_metrics[cfg.objective.metric].isfinite()
+    assert any(not torch.equal(*pair) for pair in zip(before, module.model.parameters(), strict=True))
+    assert module.generate(2).shape == (2, cfg.image.channels, cfg.image.size, cfg.image.size)
 
 
 @pytest.mark.slow

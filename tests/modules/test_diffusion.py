@@ -6,10 +6,18 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    RePaintScheduler,
+    UniPCMultistepScheduler,
 )
 from lightning import LightningDataModule, Trainer
 from torch import nn
@@ -145,20 +153,24 @@ def test_an_unconditional_model_takes_images_with_or_without_labels():
 
 def test_the_sampler_is_told_the_step_and_the_unweighted_errors():
     class Listening(TimestepSampler):
+        def __init__(self):
+            super().__init__(torch.ones(T), torch.full((T,), 0.3))
+            self.steps = []
+
         def step(self, global_step):
-            self.steps = global_step
+            self.steps.append(global_step)
 
         def update(self, t, per_sample_loss):
             self.heard = t, per_sample_loss
 
-    module = diffusion(timestep_sampler=Listening(torch.ones(T), torch.full((T,), 0.3)))
-    values = logged(module)
-    module.training_step(images(4), 0)
+    module = diffusion(timestep_sampler=Listening())
+    fit = trainer(max_steps=3, log_every_n_steps=1)
+    fit.fit(module, loader(4, n=4))
+    assert module.timestep_sampler.steps == [0, 1, 2]
     t, losses = module.timestep_sampler.heard
-    assert module.timestep_sampler.steps == 0
     assert t.shape == losses.shape == (4,)
     assert not losses.requires_grad
-    assert losses.mean().item() == pytest.approx(values["train/mse"])
+    assert losses.mean().item() == pytest.approx(fit.callback_metrics["train/mse"].item())
 
 
 def test_the_sampler_defaults_to_uniform_and_is_built_for_the_schedule():
@@ -183,6 +195,36 @@ def test_a_resumed_run_has_the_samplers_state(tmp_path):
     resumed = fresh()
     trainer(max_steps=60).fit(resumed, loader(11), ckpt_path=path, weights_only=True)
     torch.testing.assert_close(resumed.timestep_sampler.probs, module.timestep_sampler.probs)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_resumed_run_draws_other_noise_and_timesteps_than_its_first_steps(own, tmp_path):
+    def fit(max_steps, ckpt_path=None):
+        """The noisy images and timesteps of every step."""
+        torch.manual_seed(5)
+        module, drawn = diffusion(), []
+        if own:
+            module.timestep_sampler.generator = torch.Generator().manual_seed(6)
+        module.model.register_forward_hook(lambda model, args, out: drawn.append(args[:2]))
+        run = trainer(max_steps=max_steps)
+        run.fit(module, loader(64, n=64), ckpt_path=ckpt_path, weights_only=True)
+        run.save_checkpoint(tmp_path / "last.ckpt")
+        return drawn
+
+    first = fit(3)
+    assert all(torch.equal(x, y) for one, two in zip(first, fit(3), strict=True) for x, y in zip(one, two, strict=True))
+    rest = fit(6, tmp_path / "last.ckpt")
+    assert len(rest) == 3
+    for x, t in rest:
+        assert not any(torch.equal(x, earlier) for earlier, _ in first)
+        assert not any(torch.equal(t, earlier) for _, earlier in first)
+
+
+def test_a_checkpoint_has_no_generator_which_would_be_one_for_all_ranks():
+    module, checkpoint = diffusion(), {}
+    module.timestep_sampler.generator = torch.Generator()
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint == {"timestep_sampler": {}}
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -440,14 +482,36 @@ def test_the_model_trains_on_scaled_draws_of_the_posterior_and_evaluates_on_its_
 
 def test_generated_latents_are_decoded_and_never_clipped():
     module, autoencoder = latent_diffusion()
-    decode, latents = autoencoder.decode, []
-    autoencoder.decode = lambda z: latents.append(z) or decode(z)
     module.model.scale.data.fill_(-3.0)  # a bad model, whose latents leave [-1, 1]
     found = module.generate(2, generator=torch.Generator().manual_seed(0))
-    (z,) = latents
-    assert z.shape == (2, 2, 4, 4)
-    assert z.abs().max() > 5
-    torch.testing.assert_close(found, decode(z).sample.clamp(-1, 1))
+    x, abars = (
+        torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)),
+        module.noise_scheduler.alphas_cumprod,
+    )
+    for t, before in zip([19, 15, 11, 7, 3], [*abars[[15, 11, 7, 3]], torch.tensor(1.0)], strict=True):
+        eps = -3 * x + t / T
+        x = before**0.5 * (x - (1 - abars[t]) ** 0.5 * eps) / abars[t] ** 0.5 + (1 - before) ** 0.5 * eps
+    assert x.abs().max() > 5
+    torch.testing.assert_close(found, autoencoder.decode(x / 0.3).sample.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-true", torch.float32), ("bf16-mixed", torch.float32), ("32-true", torch.bfloat16)],
+)
+def test_the_autoencoder_works_in_its_own_dtype_whatever_the_precision(precision, dtype):
+    module, autoencoder = latent_diffusion()
+    module.latent_scale = 0.9  # of standard deviation about 1
+    autoencoder.to(dtype)
+    inner = []
+    autoencoder.encoder.conv_out.register_forward_hook(lambda conv, args, out: inner.append(out.dtype))
+    data = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8)), batch_size=2)
+    fit = trainer(max_steps=2, precision=precision)
+    fit.fit(module, data, data)
+    assert fit.callback_metrics["val/mse"].isfinite()
+    assert set(inner) == {dtype}
+    assert module._encode(torch.randn(2, 1, 8, 8), draw=True).dtype == torch.float32
+    assert module.generate(2).dtype == torch.float32
 
 
 def test_latents_of_the_wrong_scale_are_named_once():
@@ -516,6 +580,46 @@ def test_set_ups_that_cannot_work_are_refused_in_one_line(changes, words):
 def test_velocity_prediction_wants_a_scheduler_that_has_it():
     with pytest.raises(HastenError, match="v_prediction wants one with get_velocity, got PNDMScheduler"):
         diffusion(noise_scheduler=PNDMScheduler(T, prediction_type="v_prediction"))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes"),
+    [
+        (EulerDiscreteScheduler, {}),
+        (HeunDiscreteScheduler, {}),
+        (HeunDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),  # knows no t = 0
+        (LMSDiscreteScheduler, {}),
+        (DPMSolverMultistepScheduler, {}),
+        (UniPCMultistepScheduler, {}),
+        (DEISMultistepScheduler, {}),
+        (RePaintScheduler, {}),
+    ],
+)
+def test_a_scheduler_that_adds_noise_otherwise_than_ddpm_is_refused(scheduler, changes):
+    with pytest.raises(HastenError, match=f"expected add_noise.*, got another from {scheduler.__name__}; use DDPM"):
+        diffusion(noise_scheduler=scheduler(T, **changes))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_a_scheduler_that_adds_noise_as_ddpm_is_taken(scheduler, betas):
+    assert diffusion(noise_scheduler=scheduler(T, beta_schedule=betas)).num_timesteps == T
+
+
+def test_a_prediction_of_another_shape_is_refused_before_the_loss_broadcasts_it():
+    class Two(nn.Module):
+        def forward(self, x, t):
+            return x.repeat(1, 2, 1, 1)
+
+    module = diffusion(classes=None, model=Two())
+    with pytest.raises(HastenError, match=r"prediction of shape \(4, 1, 2, 2\), got \(4, 2, 2, 2\); a learned sigma"):
+        module.training_step(images(4), 0)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_batch_that_is_no_tuple_of_tensors_is_refused(classes):
+    with pytest.raises(HastenError, match=r"batch: expected \(images, labels\), got dict"):
+        diffusion(classes=classes).training_step({"image": torch.zeros(2, 1, 2, 2)}, 0)
 
 
 def test_a_batch_without_labels_is_refused_where_labels_are_needed():

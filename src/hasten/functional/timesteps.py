@@ -344,8 +344,8 @@ def edm_probabilities(snr: Tensor, *, mean: float = -1.2, std: float = 1.2) -> T
     _check_positive("edm: std", std)
     if not bool(((snr > 0) & snr.isfinite()).all()):
         raise ValueError(
-            "edm: snr: expected finite values > 0, got 0 or infinity (zero terminal SNR?); "
-            "use rescale_betas_zero_snr=False"
+            "edm: snr: expected finite values > 0, got 0 or infinity, as from zero terminal SNR; "
+            "use a noise schedule without it (rescale_betas_zero_snr=False)"
         )
     levels = snr.log() / -2
     edges = (levels[1:] + levels[:-1]) / 2

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from random import Random
 from typing import Any, cast
 
 import torch
@@ -154,10 +155,19 @@ class Diffusion(LightningModule):
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 
-    def on_fit_start(self) -> None:
-        # Lightning seeds all ranks alike: they would add the same noise at the same timesteps
-        if self.global_rank > 0:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+    def on_train_start(self) -> None:
+        # Lightning seeds all ranks alike, and a resumed run as at its start: the ranks would add the same noise at the
+        # same timesteps, and a resumed run that of its own first steps again. What a resumed run draws from here on is
+        # new, but not what it would have drawn without the interruption: it is not claimed to be bit-exact.
+        if self.global_rank == self.global_step == 0:
+            return
+        torch.manual_seed(self._seed_from(torch.initial_seed()))
+        if (generator := self.timestep_sampler.generator) is not None:
+            generator.manual_seed(self._seed_from(generator.initial_seed()))
+
+    def _seed_from(self, seed: int) -> int:
+        """A seed for this rank at this step; a plain sum would give rank 1 that of rank 0 a step later."""
+        return Random(f"{seed} {self.global_rank} {self.global_step}").getrandbits(63)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self._images_and_labels(batch)
@@ -191,7 +201,9 @@ class Diffusion(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["timestep_sampler"] = self.timestep_sampler.state()
+        # the file is written by rank zero: with its generator in it, all ranks of a resumed run would draw alike
+        state = self.timestep_sampler.state()
+        checkpoint["timestep_sampler"] = {key: value for key, value in state.items() if key != "generator"}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.timestep_sampler.load_state(checkpoint.get("timestep_sampler", {}))
@@ -269,8 +281,8 @@ class Diffusion(LightningModule):
                 prediction = self._guided(x, torch.full((n,), int(t), device=self.device), labels)
                 x = solver.step(prediction, t, x, **extra).prev_sample
         if self._autoencoder is not None:
-            x = self._autoencoder.on(self.device).decode(x / self.latent_scale).sample
-        return x.float().clamp(-1, 1)
+            x = self._autoencoder.decode(x / self.latent_scale)
+        return x.clamp(-1, 1)
 
     def pictures(self) -> dict[str, Tensor]:
         """A grid of samples, (rows, columns, C, H, W) in [0, 1], from the same noise and labels at every call."""
@@ -334,10 +346,18 @@ class Diffusion(LightningModule):
             target = x
         else:
             target = self.noise_scheduler.get_velocity(x, noise, t)
-        return F.mse_loss(self(noisy, t, labels), target, reduction="none").flatten(1).mean(1)
+        prediction = self(noisy, t, labels)
+        if prediction.shape != target.shape:  # which the loss would broadcast
+            raise HastenError(
+                f"diffusion: model: expected a prediction of shape {tuple(target.shape)}, got "
+                f"{tuple(prediction.shape)}; a learned sigma is not served"
+            )
+        return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
 
     def _images_and_labels(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         images, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
+        if not isinstance(images, Tensor):
+            raise HastenError(f"diffusion: batch: expected (images, labels), got {type(images).__name__}")
         if self.image_shape is None:
             self.image_shape = tuple(images.shape[1:])
         if self.num_classes is None:
@@ -354,7 +374,7 @@ class Diffusion(LightningModule):
         """Images as the model's data in float32: themselves, or latents drawn from their posterior or at its mode."""
         if self._autoencoder is None:
             return images.float()
-        posterior = self._autoencoder.on(images.device).encode(images).latent_dist
+        posterior = self._autoencoder.encode(images)
         return (posterior.sample() if draw else posterior.mode()).float() * self.latent_scale
 
     def _check_latents(self, x: Tensor) -> None:
@@ -384,10 +404,21 @@ class _Frozen:
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Frozen":
         return self
 
-    def on(self, device: torch.device) -> Any:
-        if next(self.module.parameters()).device != device:
-            self.module.to(device)
-        return self.module
+    def encode(self, images: Tensor) -> Any:
+        """The posterior of the latents, in the autoencoder's dtype."""
+        return self._call("encode", images).latent_dist
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The images of latents, in float32."""
+        return self._call("decode", latents).sample.float()
+
+    def _call(self, method: str, x: Tensor) -> Any:
+        # in its own dtype whatever the trainer's precision: some autoencoders overflow in a smaller one
+        parameter = next(self.module.parameters())
+        if parameter.device != x.device:
+            self.module.to(x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return getattr(self.module, method)(x.to(parameter.dtype))
 
 
 @contextmanager
@@ -431,6 +462,11 @@ def _check_noise_scheduler(noise_scheduler: Any) -> None:
         raise HastenError(
             f"diffusion: noise_scheduler: expected one with add_noise and alphas_cumprod, got {name}; use DDPMScheduler"
         )
+    if not _adds_noise_as_ddpm(noise_scheduler):
+        raise HastenError(
+            "diffusion: noise_scheduler: expected add_noise(x, noise, t) = sqrt(abar_t) x + sqrt(1 - abar_t) noise, "
+            f"got another from {name}; use DDPMScheduler"
+        )
     kind = noise_scheduler.config.prediction_type
     if kind not in ("epsilon", "sample", "v_prediction"):
         raise HastenError(
@@ -445,6 +481,20 @@ def _check_noise_scheduler(noise_scheduler: Any) -> None:
             "diffusion: noise_scheduler: zero terminal SNR leaves no image to recover from predicted noise; set "
             "prediction_type to v_prediction or sample"
         )
+
+
+def _adds_noise_as_ddpm(noise_scheduler: Any) -> bool:
+    """Whether t is a row of alphas_cumprod to ``add_noise``; to many solvers it is a time to look up, or a sigma."""
+    abar = noise_scheduler.alphas_cumprod
+    t = torch.tensor([0, len(abar) // 2, len(abar) - 1])
+    one, zero = torch.ones(3), torch.zeros(3)
+    try:
+        signal, noise = noise_scheduler.add_noise(one, zero, t), noise_scheduler.add_noise(zero, one, t)
+    except (IndexError, NotImplementedError):
+        return False
+    found = torch.stack([signal, noise]).double()
+    wanted = torch.stack([abar[t], 1 - abar[t]]).double().sqrt()
+    return torch.allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 def _check_guidance(num_classes: int | None, class_dropout: float, guidance: float | None) -> None:
