@@ -68,7 +68,7 @@ def test_a_run_leaves_its_folder_and_prints_what_it_wrote(capsys):
     (folder,) = Path("runs/classify_digits").iterdir()
     assert folder.name.endswith("_3")
     result = json.loads((folder / "result.json").read_text())
-    assert result.keys() == {"status", "metrics", "experiment", "seed", "overrides", "versions", "duration_s"}
+    assert result.keys() == {"status", "metrics", "experiment", "seed", "overrides", "versions", "duration_s", "tested"}
     assert (result["status"], result["seed"], result["experiment"]) == ("complete", 3, "classify_digits")
     assert result["overrides"] == [*QUICK, "seed=3"]
     assert result["metrics"].keys() >= {"train/loss", "val/acc", "test/acc"}

@@ -1,6 +1,7 @@
 """Everything wrong with a config, said at once and before anything expensive; and building from it."""
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -42,8 +43,13 @@ def check(cfg: DictConfig) -> None:
         raise HastenError("\n".join(f"{key}: {problem}" for key, problem in lines.items()))
 
 
+def check_first(cfg: DictConfig) -> None:
+    """As ``check``, for the keys that are needed before all else."""
+    check(OmegaConf.masked_copy(cfg, ["run_dir", "first"]))
+
+
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
-    """What ``cfg[key]`` describes, with plain lists and dicts as arguments; a constructor's error names its config key.
+    """What the node at ``key`` describes, given plain lists and dicts; a constructor's error names its config key.
 
     Args:
         extra: arguments that no config can hold, such as callbacks that are built already.
@@ -54,19 +60,20 @@ def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
         {'lr': 0.1}
     """
     try:
-        return instantiate(cfg[key], **extra, _convert_="all")
+        return instantiate(OmegaConf.select(cfg, key), **extra, _convert_="all")
     except InstantiationException as error:
         raise HastenError(f"{_typed_key(cfg, _full_key(error) or key)}: {_one_line(error)}") from error
 
 
 def _problems(cfg: DictConfig) -> Iterator[Problem]:
+    missing = _missing(cfg)
+    yield from ((key, f"required, got nothing; add {key}=VALUE") for key in missing)
     try:
-        missing = OmegaConf.missing_keys(cfg)
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+        plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        yield str(error.full_key or "config"), str(error).splitlines()[0]
+        if not missing:  # else what interpolates them
+            yield str(error.full_key or "config"), str(error).splitlines()[0]
         return
-    yield from ((key, f"required, got nothing; add {key}=VALUE") for key in sorted(missing))
     if not isinstance(plain, dict):
         return
     for key, annotation in _FRAME.items():
@@ -76,10 +83,23 @@ def _problems(cfg: DictConfig) -> Iterator[Problem]:
         yield "threads", f"expected >= 1, got {threads}; null leaves torch's own choice"
     if isinstance(seed := plain.get("seed"), int) and not 0 <= seed < 2**32:
         yield "seed", f"expected 0 <= seed < 2**32, got {seed}"
-    yield from _device_problems(plain)
+    if isinstance(objective := plain.get("objective"), dict):
+        yield from _objective_problems(objective)
+    yield from _trainer_problems(plain)
     for key in map(str, plain):
         if _stands_here(cfg, key):
             yield from ((_typed_key(cfg, where), problem) for where, problem in _node_problems(key, cfg[key]))
+
+
+def _missing(node: Any, prefix: str = "") -> list[str]:
+    """The keys whose value is ``???``; what interpolates them is not one of them."""
+    if not isinstance(node, DictConfig):
+        return []
+    found = [f"{prefix}{key}" for key in map(str, node) if OmegaConf.is_missing(node, key)]
+    for key in map(str, node):
+        if _stands_here(node, key):
+            found += _missing(node[key], f"{prefix}{key}.")
+    return sorted(found)
 
 
 def _node_problems(key: str, node: Any) -> Iterator[Problem]:
@@ -160,9 +180,21 @@ def _factory_problems(key: str, value: dict[str, Any], target: Callable[..., Any
         yield key, _one_line(error.__cause__ or error)
 
 
-def _device_problems(plain: Mapping[Any, Any]) -> Iterator[Problem]:
+def _objective_problems(objective: Mapping[Any, Any]) -> Iterator[Problem]:
+    for key, annotation in {"metric": str, "mode": Literal["min", "max"]}.items():
+        if not _fits(value := objective.get(key), annotation):
+            yield f"objective.{key}", f"expected {_name(annotation)}, got {value!r}"
+
+
+def _trainer_problems(plain: Mapping[Any, Any]) -> Iterator[Problem]:
+    """What Lightning finds out late, or never."""
     trainer = plain.get("trainer")
-    wanted = trainer.get("accelerator") if isinstance(trainer, dict) else None
+    if not isinstance(trainer, dict):
+        return
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if isinstance(value := trainer.get(key), int) and value < 1:
+            yield f"trainer.{key}", f"expected >= 1, got {value}"
+    wanted = trainer.get("accelerator")
     if wanted in ("gpu", "cuda") and not torch.accelerator.is_available():
         yield "trainer.accelerator", f"expected a GPU for {wanted!r}, this machine has none; use trainer=cpu"
 
@@ -255,7 +287,8 @@ def _typed_key(cfg: DictConfig, key: str) -> str:
         known = isinstance(parent, DictConfig) and parts[depth] in parent
         if known and OmegaConf.is_interpolation(parent, parts[depth]):
             source = str(OmegaConf.to_container(parent, resolve=False)[parts[depth]])  # type: ignore[index,call-overload]
-            return _typed_key(cfg, ".".join([source.strip("${}"), *parts[depth + 1 :]]))
+            if match := re.fullmatch(r"\$\{([\w.]+)\}", source):
+                return _typed_key(cfg, ".".join([match[1], *parts[depth + 1 :]]))
     return key
 
 

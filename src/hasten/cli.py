@@ -74,13 +74,15 @@ def _dispatch(words: list[str]) -> int:
 # ------------------------------------------------------------------ commands
 
 
-def _help(_: list[str]) -> int:
+def _help(words: list[str]) -> int:
+    _refuse_words("help", words)
     print(_USAGE.format(version=__version__), end="")
     _print_lines(registry.group("experiment"))
     return 0
 
 
-def _list(_: list[str]) -> int:
+def _list(words: list[str]) -> int:
+    _refuse_words("list", words)
     cards = registry.cards().values()
     print("Methods and tools")
     _print_lines({card.name: card.summary for card in cards})
@@ -88,6 +90,11 @@ def _list(_: list[str]) -> int:
         print(f"\n{title}")
         _print_lines(registry.group(group))
     return 0
+
+
+def _refuse_words(command: str, words: list[str]) -> None:
+    if words:
+        raise HastenError(f"{command}: expected no further words, got {' '.join(words)!r}")
 
 
 def _print_lines(summaries: Mapping[str, str]) -> None:
@@ -112,7 +119,8 @@ def _train(words: list[str]) -> None:
     parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
     parsed = parser.parse_intermixed_args(words)
     sweep = parsed.multirun
-    words = [*(word for word in words if word not in parsed.overrides), *parsed.overrides]  # Hydra wants flags first
+    # Hydra wants the overrides in one piece, and --info before none of them
+    words = [*parsed.overrides, *(word for word in words if word not in parsed.overrides)]
     wanted = os.environ.get("HYDRA_FULL_ERROR")
     failures: list[Exception] = []
 
@@ -130,6 +138,10 @@ def _train(words: list[str]) -> None:
     with _argv(words), _full_error("1"):
         try:
             entry()
+        except SystemExit as error:
+            if error.code in (None, 0):
+                raise
+            raise HastenError(f"cannot read {' '.join(words)!r}; see --help") from error
         except Exception as error:
             GlobalHydra.instance().clear()  # what could not be composed would stand in the way of its explanation
             raise _in_one_line(error, words) from error
@@ -143,6 +155,7 @@ def _job(cfg: "DictConfig") -> float | None:
     """One job of Hydra's: run it, print what it gave, and return its objective for a sweeper."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from hasten.run import named, run
 
@@ -150,6 +163,7 @@ def _job(cfg: "DictConfig") -> float | None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
     hydra_cfg = HydraConfig.get()
     words = list(hydra_cfg.overrides.task)
     paths = [word for word in hydra_cfg.overrides.hydra if word.startswith("hydra.searchpath=")]
@@ -158,7 +172,8 @@ def _job(cfg: "DictConfig") -> float | None:
         told = [word for word in words if word.split("=")[0] not in ("experiment", "seed", "run_dir")]
         sweep = re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", ",".join(told))[:80] or str(hydra_cfg.job.num)
         trainer = cfg.trainer
-        if trainer.strategy != "auto" or trainer.devices not in (1, "1"):
+        devices = trainer.devices
+        if trainer.strategy != "auto" or (len(devices) != 1 if OmegaConf.is_list(devices) else str(devices) != "1"):
             raise HastenError(
                 "--multirun: expected one process a job, got several (trainer.strategy or trainer.devices); "
                 "start the jobs one by one"
@@ -240,6 +255,11 @@ def _in_one_line(error: Exception, words: list[str]) -> Exception:
         return HastenError(f"{group}: there is no {name!r}{did_you_mean(name, error.options)}")
     if isinstance(error, OverrideParseException):
         return HastenError(f"{error.override}: expected key=value, cannot read it: {_first_line(error)}")
+    if "Config group override must be a string" in str(error):
+        word = next((word for word in words if word.endswith("=null")), words[-1])
+        group = word.partition("=")[0]
+        options = registry.group(group) if group in registry.groups() else []
+        return HastenError(f"{word}: expected an option{did_you_mean('', options)}")
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         return HastenError(_no_such_key(match[1].lstrip("+~"), words))
     if isinstance(error, (HydraException, OmegaConfBaseException)):

@@ -9,7 +9,7 @@ class HastenError(Exception):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """The nearest choice as the end of an error line, or all of them where none is near.
+    """The nearest choice as the end of an error line, or all of them where none is near and they are few.
 
     Example:
         >>> did_you_mean("batchsize", ["batch_size", "val"])
@@ -21,4 +21,4 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     near = get_close_matches(word, choices, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; choose one of: {', '.join(choices)}" if choices else ""
+    return f"; choose one of: {', '.join(choices)}" if 0 < len(choices) <= 20 else ""

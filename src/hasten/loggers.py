@@ -53,19 +53,24 @@ class _AppendingWriter(_ExperimentWriter):
                 self.metrics_keys = next(csv.reader(file), [])
 
 
-def wandb(folder: str | Path, project: str = "hasten", **kwargs: Any) -> WandbLogger:
+def wandb(folder: str | Path, project: str = "hasten", *, offline: bool | None = None, **kwargs: Any) -> WandbLogger:
     """Weights & Biases in ``<folder>/wandb``; offline, with one line on how to sync, where nobody is logged in.
 
     Args:
         folder: the run folder.
         project: the W&B project.
+        offline: None: as WANDB_MODE says, else where nobody is logged in.
         kwargs: passed on to Lightning's WandbLogger: ``name``, ``entity``, ``tags``, ``group``, ``id``, ...
     """
-    mode = os.environ.get("WANDB_MODE", "online" if _logged_in_to_wandb() else "offline")
-    if mode == "offline":
-        _say(f"wandb: offline (no login found); to upload the run later: wandb sync {folder}/wandb/offline-*")
+    why = "as asked for"
+    if offline is None and "WANDB_MODE" in os.environ:
+        offline = os.environ["WANDB_MODE"] == "offline"
+    elif offline is None:
+        offline, why = not _logged_in_to_wandb(), "no login found"
+    if offline:
+        _say(f"wandb: offline ({why}); to upload the run later: wandb sync {folder}/wandb/offline-*")
     Path(folder).mkdir(parents=True, exist_ok=True)  # wandb falls back to the system's temporary folder otherwise
-    return WandbLogger(save_dir=folder, project=project, offline=mode == "offline", **kwargs)
+    return WandbLogger(save_dir=folder, project=project, offline=offline, **kwargs)
 
 
 @rank_zero_only

@@ -62,6 +62,17 @@ def group(name: str) -> dict[str, str]:
     return {file.removesuffix(".yaml"): _summary(folder.joinpath(file).read_text(encoding="utf-8")) for file in names}
 
 
+def groups() -> list[str]:
+    """The names of the config groups.
+
+    Example:
+        >>> "experiment" in groups()
+        True
+    """
+    folders = files("hasten").joinpath("configs").iterdir()
+    return sorted(folder.name for folder in folders if folder.is_dir() and not folder.name.startswith("_"))
+
+
 def _summary(text: str) -> str:
     comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith("@package")), "")

@@ -10,12 +10,12 @@ import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
@@ -23,15 +23,19 @@ from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hasten.check import build, check
+from hasten.check import build, check, check_first
 from hasten.errors import HastenError, did_you_mean
 from hasten.formats import whole_file, write_json
 
+T = TypeVar("T")
 _RANK_FOLDER = "HASTEN_RUN_DIR"
 """How the processes that DDP starts learn which folder rank zero chose."""
 
@@ -64,6 +68,10 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 def named(cfg: DictConfig, experiment: str | None, overrides: Sequence[str]) -> DictConfig:
     """The config as a run reads it: without Hydra's own part, with the experiment's name and the words that made it."""
+    if "experiment" in cfg and isinstance(cfg.experiment, DictConfig):
+        raise HastenError(
+            f"experiment: {experiment!r} sets keys below 'experiment'; its first line must be: # @package _global_"
+        )
     with open_dict(cfg):
         cfg.pop("hydra", None)
         cfg.experiment = experiment or "run"
@@ -82,39 +90,64 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
         HastenError: everything that is wrong with the config, a line each, before anything expensive.
     """
     cfg = cfg.copy()
-    folder = _folder(cfg, sweep)
-    cfg.run_dir = str(folder)
-    stages = _stages(cfg)
-    for stage in stages:
-        check(stage)
-    check(cfg)
-    for stage in stages:
-        _complete(stage)
-    return _run(cfg, folder)
+    check_first(cfg)
+    with _claimed_folder(cfg, sweep) as folder:
+        cfg.run_dir = str(folder)
+        stages = _stages(cfg)
+        for stage in stages:
+            check(stage)
+        check(cfg)
+        for stage in stages:
+            _complete(stage)
+        return _run(cfg, folder)
 
 
 def _run(cfg: DictConfig, folder: Path) -> Result:
+    threads = torch.get_num_threads()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    try:
+        return _fit_and_test(cfg, folder)
+    finally:
+        torch.set_num_threads(threads)  # what runs next in this process asks for its own
+
+
+def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = build(cfg, "data")
+    datamodule = _built(cfg, "data", LightningDataModule)
     _check_image(cfg, datamodule)
-    module = build(cfg, "module")
+    module = _built(cfg, "module", LightningModule)
     ckpt_path = _checkpoint(cfg.ckpt_path, module)
     if cfg.compile:
-        module.model.compile()  # in place: the state_dict keeps its keys
-    callbacks, loggers = build(cfg, "callbacks"), build(cfg, "logger")
-    trainer = build(cfg, "trainer", callbacks=list(callbacks.values()), logger=list(loggers.values()))
+        getattr(module, "model", module).compile()  # in place: the state_dict keeps its keys
+    callbacks, loggers = _all_built(cfg, "callbacks", Callback), _all_built(cfg, "logger", Logger)
+    trainer = _built(cfg, "trainer", Trainer, callbacks=callbacks, logger=loggers)
     with _recorded(cfg, folder, trainer) as result:
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         with _in_our_words(cfg, trainer):
             trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
-        metrics = _numbers(trainer)
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
-        result["metrics"] = metrics | _numbers(trainer)
+            result["metrics"] = _numbers(trainer)
+            best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            if is_overridden("test_step", module):
+                result["tested"] = "best" if best else "last"  # last: a run too short for a validation
+                trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
+                result["metrics"] |= _numbers(trainer)
     return Result(result["metrics"], folder, trainer, module, datamodule)
+
+
+def _built(cfg: DictConfig, key: str, kind: type[T], **extra: Any) -> T:
+    """What the node at ``key`` describes, which must be a ``kind``."""
+    made = build(cfg, key, **extra)
+    if not isinstance(made, kind):
+        raise HastenError(f"{key}: expected a {kind.__name__}, got {type(made).__name__}; see {key}._target_")
+    return made
+
+
+def _all_built(cfg: DictConfig, group: str, kind: type[T]) -> list[T]:
+    """Everything in a group of named nodes; those set to null are left out."""
+    nodes = cfg.get(group) or {}
+    return [_built(cfg, f"{group}.{name}", kind) for name in nodes if nodes[name] is not None]
 
 
 def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
@@ -122,34 +155,51 @@ def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
     channels, size, _ = getattr(datamodule, "image_shape", (None, None, None))
     classes = getattr(datamodule, "num_classes", None)
     for key, found in {"channels": channels, "size": size, "num_classes": classes}.items():
-        if found is not None and found != cfg.image[key]:
+        given = OmegaConf.select(cfg, f"image.{key}")
+        if found is not None and given is not None and given != found:
             raise HastenError(
-                f"image.{key}: expected {found}, as in {type(datamodule).__name__}, got {cfg.image[key]}; "
-                f"set image.{key}={found}"
+                f"image.{key}: expected {found}, as in {type(datamodule).__name__}, got {given}; set it to {found}"
             )
 
 
 # ------------------------------------------------------------------ folders
 
 
-def _folder(cfg: DictConfig, sweep: str) -> Path:
-    """The run's own folder: the one asked for, rank zero's, or a new one under ``runs/<experiment>``."""
+@contextmanager
+def _claimed_folder(cfg: DictConfig, sweep: str) -> Iterator[Path]:
+    """The run's own folder: the one asked for, rank zero's, or a new one; gone again if nothing was written there."""
     if int(os.environ.get("LOCAL_RANK", 0)) and _RANK_FOLDER in os.environ:
-        return Path(os.environ[_RANK_FOLDER])
-    if cfg.run_dir is not None:
-        folder = Path(cfg.run_dir)
-        if (folder / "result.json").exists() and cfg.ckpt_path is None:
-            raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
-        return folder
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        yield Path(os.environ[_RANK_FOLDER])
+        return
+    if cfg.run_dir is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise HastenError(
             "run_dir: required under torchrun and SLURM, got null; add run_dir=FOLDER, the same for all processes"
         )
+    folder = _new_folder(cfg, sweep) if cfg.run_dir is None else Path(cfg.run_dir)
+    if (folder / "result.json").exists() and cfg.ckpt_path is None:
+        raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HastenError(f"run_dir: cannot make {str(folder)!r}: {error.strerror}; choose another folder") from error
+    try:
+        yield folder
+    finally:
+        for empty in (folder, folder.parent):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def _new_folder(cfg: DictConfig, sweep: str) -> Path:
+    """``runs/<experiment>/<time>_<seed>[_<sweep>]``, made at once: another run may start in the same second."""
     name = "_".join(filter(None, [f"{datetime.now():%Y-%m-%d_%H-%M-%S}", str(cfg.seed), sweep]))
     folder, twin = Path("runs", cfg.experiment, name), 2
-    while folder.exists():
-        folder, twin = folder.with_name(f"{name}-{twin}"), twin + 1
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder, twin = folder.with_name(f"{name}-{twin}"), twin + 1
 
 
 @contextmanager
@@ -159,6 +209,7 @@ def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[
     result: dict[str, Any] = {
         "status": "running",
         "metrics": {},
+        "tested": None,
         "experiment": cfg.experiment,
         "seed": cfg.seed,
         "overrides": list(cfg.overrides),
@@ -185,8 +236,8 @@ def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[
     finally:
         os.environ.pop(_RANK_FOLDER, None)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                logger.experiment.finish()
+            if isinstance(logger, WandbLogger) and logger._experiment is not None:
+                logger._experiment.finish(exit_code=0 if result["status"] == "running" else 1)
     write("complete")
 
 
@@ -228,7 +279,12 @@ def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
     for name in cfg.first:
         if name in below:
             raise HastenError(f"first: {' -> '.join([*below, name])}: an experiment cannot wait for itself")
-        stage = compose([f"experiment={name}", *(word for word in cfg.overrides if "hydra.searchpath=" in word)])
+        try:
+            stage = compose([f"experiment={name}", *(word for word in cfg.overrides if "hydra.searchpath=" in word)])
+        except MissingConfigException as error:
+            raise HastenError(
+                f"first: there is no experiment {name!r}{did_you_mean(name, error.options or [])}"
+            ) from error
         stage.seed, stage.data, stage.image = cfg.seed, cfg.data, cfg.image
         stage.trainer.accelerator = cfg.trainer.accelerator
         stages += _stages(stage, (*below, name))

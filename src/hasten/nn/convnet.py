@@ -28,6 +28,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int, *, width: int = 128, depth: int = 3):
         super().__init__()
+        if depth < 1 or width < 1:
+            raise ValueError(f"convnet: depth and width: expected >= 1, got {depth} and {width}")
         if image_size < 2**depth:
             raise ValueError(
                 f"convnet: depth: expected 2 ** depth <= image_size = {image_size}, got depth {depth}; use fewer blocks"
