@@ -361,7 +361,10 @@ def test_losses_that_are_all_zero_draw_uniformly():
         (lambda: p2_weights(SNR, k=0), "p2: k: expected a number > 0, got 0"),
         (lambda: edm_weights(SNR, data_std=0), "edm: data_std: expected a number > 0, got 0"),
         (lambda: edm_probabilities(SNR, std=0), "edm: std: expected a number > 0, got 0"),
-        (lambda: edm_probabilities(torch.tensor([1.0, 0.0])), "edm: snr: .*zero terminal SNR; use a noise schedule without it"),
+        (
+            lambda: edm_probabilities(torch.tensor([1.0, 0.0])),
+            "edm: snr: .*zero terminal SNR; use a noise schedule without it",
+        ),
         (lambda: logit_normal_probabilities(4, std=-1), "logit_normal: std: expected a number > 0, got -1"),
         (lambda: mode_probabilities(4, scale=2.0), "mode: scale: expected -1 <= scale <= 1.7519, got 2.0;"),
         (lambda: clts_probabilities(4, step=-1, std=1.0), "clts: step: expected an optimizer step >= 0, got -1"),
