@@ -97,7 +97,7 @@ def test_the_written_config_runs_again_to_the_same_numbers():
 def test_a_sweep_makes_one_folder_a_job_and_goes_on_where_one_fails(capsys):
     assert main(["-m", *QUICK, "seed=0,1", "optimizer.lr=1e-3,-1"]) == 1
     folders = sorted(path.name for path in Path("runs/classify_digits").iterdir())
-    assert len(folders) == 2 and all("lr=0.001" in name for name in folders)
+    assert len(folders) == 2 and all("lr-0.001" in name for name in folders)
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if "Invalid learning rate" in line] == [
         "hasten: optimizer: Invalid learning rate: -1"

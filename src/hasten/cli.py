@@ -170,7 +170,8 @@ def _job(cfg: "DictConfig") -> float | None:
     sweep = ""
     if hydra_cfg.mode == RunMode.MULTIRUN:
         told = [word for word in words if word.split("=")[0] not in ("experiment", "seed", "run_dir")]
-        sweep = re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", ",".join(told))[:80] or str(hydra_cfg.job.num)
+        # no "=" and no ",": the folder's name will stand in an override, ckpt_path=...
+        sweep = re.sub(r"[^A-Za-z0-9_.]+", "-", ",".join(told))[:80] or str(hydra_cfg.job.num)
         trainer = cfg.trainer
         devices = trainer.devices
         if trainer.strategy != "auto" or (len(devices) != 1 if OmegaConf.is_list(devices) else str(devices) != "1"):

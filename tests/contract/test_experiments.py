@@ -46,23 +46,33 @@ def test_the_header_of_an_experiment_gives_command_cost_and_expected_result(name
     ("group", "option"),
     [
         (group, option)
-        for group in ("data", "model", "optimizer", "scheduler", "logger", "timestep_sampler", "noise_scheduler")
+        for group in ("data", "optimizer", "scheduler", "logger", "callbacks", "timestep_sampler", "noise_scheduler")
         for option in registry.group(group)
     ],
 )
-def test_every_option_of_a_group_composes(group, option):
-    given = {"data": ["data.root=data", "image.num_classes=2"] if option == "image_folder" else []}
+def test_every_option_of_a_group_composes_and_is_found_right(group, option):
+    owed = {
+        "image_folder": ["data.root=data", "image.num_classes=2"],
+        "sample_distance": ["callbacks.sample_distance.feature_net.checkpoint=net.ckpt"],
+    }
     experiment = "speed_digits" if group in ("timestep_sampler", "noise_scheduler") else "classify_digits"
-    cfg = compose([f"experiment={experiment}", f"{group}={option}", *given.get(group, [])])
-    assert group in cfg
+    check(compose([f"experiment={experiment}", f"{group}={option}", "run_dir=x", *owed.get(option, [])]))
+
+
+def test_another_data_set_is_one_word():
+    digits, mnist = (compose(["experiment=speed_digits", f"data={data}"]) for data in ("digits", "mnist"))
+    assert (digits.model.model.image_size, mnist.model.model.image_size) == (8, 28)
+    assert (digits.model.data_var, mnist.model.data_var) == (0.717, 0.925)
+    check(mnist)
 
 
 @pytest.mark.parametrize("name", DIGITS)
-def test_a_digits_experiment_runs_in_its_tiny_form(name, tmp_path, monkeypatch):
+def test_a_digits_experiment_trains_and_resumes_in_its_tiny_form(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = list(compose([f"experiment={name}"]).tiny)
     assert tiny, f"configs/experiment/{name}.yaml: expected tiny: [overrides ...], got none"
-    result = run(compose([f"experiment={name}", *tiny]))
+    words = [f"experiment={name}", *tiny]
+    result = run(compose(words))
     assert result.metrics and all(map(math.isfinite, result.metrics.values()))
     written = json.loads((result.folder / "result.json").read_text())
     assert (written["status"], written["metrics"]) == ("complete", result.metrics)
@@ -70,6 +80,9 @@ def test_a_digits_experiment_runs_in_its_tiny_form(name, tmp_path, monkeypatch):
         torch.load(result.folder / "checkpoints" / checkpoint, weights_only=True)
     objective = compose([f"experiment={name}"]).objective.metric
     assert objective in result.metrics
+    longer = "trainer.max_steps=4" if result.trainer.max_steps > 0 else "trainer.max_epochs=2"
+    resumed = run(compose([*words, longer, f"ckpt_path={result.folder}/checkpoints/last.ckpt"]))
+    assert resumed.trainer.global_step == 2 * result.trainer.global_step
 
 
 class _RandomImages(LightningDataModule):
