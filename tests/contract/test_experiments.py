@@ -60,7 +60,7 @@ def test_every_option_of_a_group_composes_and_is_found_right(group, option):
 
 
 def test_another_data_set_is_one_word():
-    digits, mnist = (compose(["experiment=speed_digits", f"data={data}"]) for data in ("digits", "mnist"))
+    digits, mnist = (compose(["experiment=speed_digits", f"data={data}", "run_dir=x"]) for data in ("digits", "mnist"))
     assert (digits.model.model.image_size, mnist.model.model.image_size) == (8, 28)
     assert (digits.model.data_var, mnist.model.data_var) == (0.717, 0.925)
     check(mnist)
