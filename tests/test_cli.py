@@ -130,12 +130,7 @@ def test_the_installed_command_and_train_py_are_one_entry():
 
 @pytest.mark.slow
 def test_two_processes_share_one_run_folder():
-    done = _python(
-        *QUICK,
-        "trainer.strategy=ddp",
-        "trainer.devices=2",
-        code="from hasten.cli import main; raise SystemExit(main())",
-    )
+    done = _python(*QUICK, "trainer.strategy=ddp", "trainer.devices=2")
     assert done.returncode == 0, done.stderr
     (folder,) = Path("runs/classify_digits").iterdir()
     assert json.loads((folder / "result.json").read_text())["status"] == "complete"

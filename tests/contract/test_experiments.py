@@ -115,7 +115,7 @@ def test_the_module_of_an_experiment_trains_in_its_tiny_form(name):
     }
     trainer = Trainer(accelerator="cpu", max_steps=2, precision=cfg.precision, **quiet)
     before = [parameter.detach().clone() for parameter in module.model.parameters()]
-    trainer.fit(module, _RandomImages(**cfg.image))
+    trainer.fit(module, _RandomImages(cfg.image.channels, cfg.image.size, cfg.image.num_classes))
     assert trainer.callback_metrics[cfg.objective.metric].isfinite()
     assert any(not torch.equal(*pair) for pair in zip(before, module.model.parameters(), strict=True))
     assert module.generate(2).shape == (2, cfg.image.channels, cfg.image.size, cfg.image.size)

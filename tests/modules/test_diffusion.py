@@ -1,6 +1,7 @@
 import copy
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,13 +239,12 @@ def test_every_precision_trains_and_evaluates_with_errors_in_float32(precision):
     assert module.generate(2).dtype == torch.float32
 
 
-@pytest.mark.slow
-def test_two_ranks_draw_differently_and_validate_as_one(tmp_path):
+def _two_ranks(_: int, folder: Path) -> None:
     class Noting(UniformSampler):
         def forward(self, n):
             t, w = super().forward(n)
             rank = torch.distributed.get_rank()
-            torch.save((t, torch.randn(3)), tmp_path / f"{rank}.pt")
+            torch.save((t, torch.randn(3)), folder / f"{rank}.pt")
             return t, w
 
     class Sharded(LightningDataModule):
@@ -260,11 +260,17 @@ def test_two_ranks_draw_differently_and_validate_as_one(tmp_path):
     torch.manual_seed(7)
     fit = trainer(max_steps=1, devices=2, strategy="ddp_fork", use_distributed_sampler=False, limit_val_batches=0)
     fit.fit(diffusion(timestep_sampler=Noting), Sharded())
-    (t0, noise0), (t1, noise1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (t0, noise0), (t1, noise1) = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert not torch.equal(t0, t1)
     assert not torch.equal(noise0, noise1)
     both = trainer(devices=2, strategy="ddp_fork", use_distributed_sampler=False)
     assert both.validate(module, Sharded(), verbose=False)[0] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_differently_and_validate_as_one(tmp_path):
+    # in a process of its own: the ranks are forks, and nothing may be forked where autograd has had threads
+    torch.multiprocessing.spawn(_two_ranks, args=(tmp_path,), nprocs=1)
 
 
 # ------------------------------------------------------------------ evaluation
