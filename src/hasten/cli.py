@@ -119,6 +119,8 @@ def _train(words: list[str]) -> None:
     parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
     parsed = parser.parse_intermixed_args(words)
     sweep = parsed.multirun
+    # what tells the jobs apart: lists (a,b), choices and ranges
+    swept = {word.partition("=")[0] for word in parsed.overrides if re.search(r"[,(]", word)}
     # Hydra wants the overrides in one piece, and --info before none of them
     words = [*parsed.overrides, *(word for word in words if word not in parsed.overrides)]
     wanted = os.environ.get("HYDRA_FULL_ERROR")
@@ -127,7 +129,7 @@ def _train(words: list[str]) -> None:
     def task(cfg: "DictConfig") -> float | None:
         try:
             with _full_error(wanted):  # processes that the job starts inherit it
-                return _job(cfg)
+                return _job(cfg, swept)
         except Exception as error:  # Hydra would print a line of its own and, in a sweep, raise only the first
             failures.append(error)
             if sweep:
@@ -151,7 +153,7 @@ def _train(words: list[str]) -> None:
         raise failures[0]
 
 
-def _job(cfg: "DictConfig") -> float | None:
+def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     """One job of Hydra's: run it, print what it gave, and return its objective for a sweeper."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -169,9 +171,9 @@ def _job(cfg: "DictConfig") -> float | None:
     paths = [word for word in hydra_cfg.overrides.hydra if word.startswith("hydra.searchpath=")]
     sweep = ""
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        told = [word for word in words if word.split("=")[0] not in ("experiment", "seed", "run_dir")]
+        told = [word for word in words if word.partition("=")[0] in swept - {"experiment", "seed"}]
         # no "=" and no ",": the folder's name will stand in an override, ckpt_path=...
-        sweep = re.sub(r"[^A-Za-z0-9_.]+", "-", ",".join(told))[:80] or str(hydra_cfg.job.num)
+        sweep = re.sub(r"[^A-Za-z0-9_.]+", "-", ",".join(told))[:80]
         trainer = cfg.trainer
         devices = trainer.devices
         if trainer.strategy != "auto" or (len(devices) != 1 if OmegaConf.is_list(devices) else str(devices) != "1"):
