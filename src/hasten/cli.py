@@ -141,7 +141,7 @@ def _train(words: list[str]) -> None:
         try:
             entry()
         except SystemExit as error:
-            if error.code in (None, 0):
+            if error.code != 2:  # argparse's
                 raise
             raise HastenError(f"cannot read {' '.join(words)!r}; see --help") from error
         except Exception as error:
