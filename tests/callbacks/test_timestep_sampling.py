@@ -1091,7 +1091,8 @@ def two_processes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_draw_differently_and_each_resumes_its_own(tmp_path):
-    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=300)
+    words = [sys.executable, __file__, tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert not torch.equal(ranks[0]["whole"], ranks[1]["whole"])

@@ -59,6 +59,11 @@ def test_no_tracked_file_is_large_but_pictures_in_docs():
 
 
 @needs_git
+def test_nothing_that_a_run_writes_is_tracked():
+    assert _tracked("*.ckpt", "runs/*", "data/*", "wandb/*", "lightning_logs/*", "checkpoints/*") == []
+
+
+@needs_git
 def test_notebooks_carry_no_outputs():
     import nbformat
 
