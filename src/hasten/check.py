@@ -5,6 +5,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
@@ -14,7 +15,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hasten.errors import HastenError, did_you_mean
+from hasten.errors import HastenError, did_you_mean, on_one_line
+from hasten.optim import configure_optimizers
 
 _PRECISIONS = Literal["32-true", "32", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", 16, 32, 64]
 _FRAME: dict[str, Any] = {
@@ -168,14 +170,16 @@ def _argument_problems(key: str, value: dict[str, Any], target: Callable[..., An
 
 def _factory_problems(key: str, value: dict[str, Any], target: Callable[..., Any]) -> Iterator[Problem]:
     """What an optimizer or a schedule says of its arguments, tried on one dummy parameter."""
-    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    optimizer, scheduler = partial(torch.optim.SGD, lr=1.0), None
     try:
         if inspect.isclass(target) and issubclass(target, torch.optim.Optimizer):
-            instantiate(value, _convert_="all")([{"params": [torch.zeros(1, requires_grad=True)]}])
+            optimizer = instantiate(value, _convert_="all")
         elif next(iter(inspect.signature(target).parameters), None) == "optimizer":
-            schedule = instantiate(value, _convert_="all")
-            wants_steps = "total_steps" in inspect.signature(schedule).parameters
-            schedule(dummy, **({"total_steps": 2**31} if wants_steps and "total_steps" not in value else {}))
+            scheduler = instantiate(value, _convert_="all")
+        else:
+            return
+        dummy = [{"params": [torch.zeros(1, requires_grad=True)]}]
+        configure_optimizers(dummy, optimizer, scheduler, total_steps=lambda: 2**31)
     except Exception as error:  # the constructor's own words, whatever their class
         yield key, _one_line(error.__cause__ or error)
 
@@ -296,5 +300,5 @@ def _one_line(error: BaseException) -> str:
     """What an exception says, as one line, without the frames that wrap it."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = on_one_line(error) or type(error).__name__
     return text if isinstance(error, (HastenError, ValueError, TypeError)) else f"{type(error).__name__}: {text}"

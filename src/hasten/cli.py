@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten import __version__, registry
-from hasten.errors import HastenError, did_you_mean
+from hasten.errors import HastenError, did_you_mean, on_one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -239,7 +239,7 @@ def _report(error: Exception) -> None:
     if isinstance(error, HastenError):
         lines = str(error).splitlines()
     else:
-        lines = [f"{type(error).__name__}: {' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"]
+        lines = [f"{type(error).__name__}: {on_one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"]
     for line in lines:
         print(f"hasten: {line}", file=sys.stderr)
 
@@ -257,7 +257,8 @@ def _in_one_line(error: Exception, words: list[str]) -> Exception:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return HastenError(f"{group}: there is no {name!r}{did_you_mean(name, error.options)}")
     if isinstance(error, OverrideParseException):
-        return HastenError(f"{error.override}: expected key=value, cannot read it: {_first_line(error)}")
+        said = str(error).splitlines()[0]
+        return HastenError(f"{error.override}: expected key=value, cannot read it: {said}")
     if "Config group override must be a string" in str(error):
         word = next((word for word in words if word.endswith("=null")), words[-1])
         group = word.partition("=")[0]
@@ -266,12 +267,8 @@ def _in_one_line(error: Exception, words: list[str]) -> Exception:
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         return HastenError(_no_such_key(match[1].lstrip("+~"), words))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return HastenError(" ".join(str(error.__cause__ or error).split()))
+        return HastenError(on_one_line(error.__cause__ or error))
     return error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _no_such_key(key: str, words: list[str]) -> str:

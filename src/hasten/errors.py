@@ -22,3 +22,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; choose one of: {', '.join(choices)}" if 0 < len(choices) <= 20 else ""
+
+
+def on_one_line(error: object) -> str:
+    """What an exception says, with every run of blanks and line breaks as one blank.
+
+    Example:
+        >>> on_one_line(ValueError("no such   key"))
+        'no such key'
+    """
+    return " ".join(str(error).split())

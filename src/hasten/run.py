@@ -32,7 +32,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hasten.check import build, check, check_first
-from hasten.errors import HastenError, did_you_mean
+from hasten.errors import HastenError, did_you_mean, on_one_line
 from hasten.formats import whole_file, write_json
 
 T = TypeVar("T")
@@ -254,7 +254,7 @@ def _in_our_words(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
         if "monitored key" in str(error):
             logged = did_you_mean(cfg.objective.metric, trainer.callback_metrics)
             raise HastenError(f"objective.metric: nothing logs {cfg.objective.metric!r}{logged}") from error
-        raise HastenError(f"trainer: {' '.join(str(error).split())}") from error
+        raise HastenError(f"trainer: {on_one_line(error)}") from error
 
 
 def _versions() -> dict[str, str]:
