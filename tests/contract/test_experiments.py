@@ -53,6 +53,7 @@ def test_the_header_of_an_experiment_gives_command_cost_and_expected_result(name
 def test_every_option_of_a_group_composes_and_is_found_right(group, option):
     owed = {
         "image_folder": ["data.root=data", "image.num_classes=2"],
+        "imagenet": ["data.root=data"],
         "sample_distance": ["callbacks.sample_distance.feature_net.checkpoint=net.ckpt"],
     }
     experiment = "speed_digits" if group in ("timestep_sampler", "noise_scheduler") else "classify_digits"

@@ -159,3 +159,31 @@ def test_too_many_validation_images_are_refused(root):
         HastenError, match="image_folder: expected some of 20 images left for training, got 20 taken out"
     ):
         ImageFolder(root, image_size=8, val=20).train_dataloader()
+
+
+def test_transforms_of_ones_own_replace_resizing_and_normalizing(root):
+    def shade(image):
+        return torch.full((3, 4, 4), float(image.size[0]))
+
+    data = ImageFolder(root, image_size=4, val=0.2, train_transform=shade, eval_transform=lambda image: -shade(image))
+    assert data.train_dataloader().dataset.files == data.splits.train.files
+    assert {float(images.unique()) for images, _ in data.train_dataloader()} == {8.0}
+    for part in (data.val_dataloader(), data.test_dataloader()):
+        assert {float(images.unique()) for images, _ in part} == {-8.0}
+
+
+def test_what_a_transform_of_timm_draws_is_a_function_of_seed_and_epoch(root):
+    from timm.data import create_transform
+
+    def batch(seed, epoch, workers=0):
+        recipe = create_transform(
+            8, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5, re_mode="pixel"
+        )
+        loader = ImageFolder(
+            root, image_size=8, val=0, train_transform=recipe, seed=seed, num_workers=workers
+        ).train_dataloader()
+        loader.load_state_dict(loader.state_dict() | {"epoch": epoch})
+        return next(iter(loader))[0]
+
+    assert torch.equal(batch(0, 0), batch(0, 0, workers=1))
+    assert not torch.equal(batch(0, 0), batch(0, 1)) and not torch.equal(batch(0, 0), batch(1, 0))

@@ -1,6 +1,6 @@
 """Images on disk, one folder per class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
-from hasten.datamodules.images import ImageDataModule, PixelRange, Splits
+from hasten.datamodules.images import ImageDataModule, Splits
 from hasten.errors import HastenError
+
+Transform = Callable[[Image.Image], Tensor]
 
 
 class ImageFolder(ImageDataModule):
@@ -29,6 +31,9 @@ class ImageFolder(ImageDataModule):
         val: training images kept for validation where there is no ``root/val``; a number, or a share below 1.
         flip: mirror half of the training images.
         crop: shift training images by up to so many pixels.
+        train_transform: from a PIL image to the (C, H, H) float32 that the model is trained on, in place of resizing,
+            cutting and normalizing; e.g. what ``timm.data.create_transform(is_training=True, ...)`` returns.
+        eval_transform: likewise, for validation and test. ``mean`` and ``std`` must be those of the transforms.
         mean: this and the rest as in ImageDataModule.
 
     Example:
@@ -53,6 +58,8 @@ class ImageFolder(ImageDataModule):
         val: int | float = 0.1,
         flip: bool = False,
         crop: int = 0,
+        train_transform: Transform | None = None,
+        eval_transform: Transform | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
         num_workers: int = 0,
@@ -77,6 +84,9 @@ class ImageFolder(ImageDataModule):
             raise HastenError(f"{self.name}: channels: expected 1 for grey or 3 for colour, got {channels!r}")
         self._check_part("val", val)
         self.val = val
+        squared = self._squared
+        self.train_transform = squared if train_transform is None else train_transform
+        self.eval_transform = squared if eval_transform is None else eval_transform
         for part in ("val", "test"):
             self._check_classes(part)
 
@@ -86,7 +96,18 @@ class ImageFolder(ImageDataModule):
         if not (self.root / "val").exists():
             labels = torch.tensor([label for _, label in train])
             val, train = ([train[index] for index in part.tolist()] for part in self._carve(labels, self.val))
-        return Splits(*(FileImages(files, self.image_shape, self.pixels) for files in (train, val, test)))
+        mode = "L" if self.image_shape[0] == 1 else "RGB"
+        return Splits(
+            FileImages(train, mode, self.train_transform),
+            FileImages(val, mode, self.eval_transform),
+            FileImages(test, mode, self.eval_transform),
+        )
+
+    def _squared(self, image: Image.Image) -> Tensor:
+        """The whole of the shorter side, the middle of the longer one, in the range of the model."""
+        size = self.image_shape[1]
+        square = v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
+        return self.normalize(v2.functional.pil_to_tensor(square).float() / 255)
 
     def _folders(self, part: str) -> list[str]:
         """The names of the classes in ``part``."""
@@ -122,20 +143,18 @@ class ImageFolder(ImageDataModule):
 
 
 class FileImages(Dataset[Any]):
-    """Images in files, read one by one, made square and put into the range of the model.
+    """Images in files, read one by one.
 
     Args:
         files: path and label of each.
-        image_shape: (C, H, H) to be made of them.
-        pixels: the range of the model.
+        mode: Pillow's name of what the transform gets: "L" for grey, "RGB" for colour.
+        transform: from a PIL image to a tensor.
     """
 
-    def __init__(self, files: list[tuple[str, int]], image_shape: tuple[int, int, int], pixels: PixelRange):
-        channels, size, _ = image_shape
+    def __init__(self, files: list[tuple[str, int]], mode: str, transform: Transform):
         self.files = files
-        self.mode = "L" if channels == 1 else "RGB"
-        self.square = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
-        self.pixels = pixels
+        self.mode = mode
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.files)
@@ -143,8 +162,8 @@ class FileImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         try:
-            with Image.open(path) as image:
-                square = v2.functional.pil_to_tensor(self.square(image.convert(self.mode)))
+            with Image.open(path) as file:
+                image = file.convert(self.mode)
         except Exception as error:  # Pillow names a broken file by half a dozen exceptions
             raise HastenError(f"image_folder: cannot read {path!r} ({error}); replace or delete it") from error
-        return self.pixels.normalize(square.float() / 255), label
+        return self.transform(image), label
