@@ -64,6 +64,12 @@ def test_without_a_test_folder_there_is_no_test(tmp_path):
     assert ImageFolder(tmp_path, image_size=8, val=0).test_dataloader() == []
 
 
+def test_validation_images_can_serve_as_test_images(root):
+    save(root / "val" / "dog" / "only.png", 0)
+    data = ImageFolder(root, image_size=8, test="val")
+    assert labels_of(data.test_dataloader()) == [1]
+
+
 def test_images_are_made_square_by_resizing_and_cutting_at_the_centre(tmp_path):
     wide = Image.new("RGB", (40, 20), (0, 0, 0))
     wide.paste((255, 255, 255), (10, 0, 30, 20))

@@ -31,6 +31,7 @@ class ImageFolder(ImageDataModule):
         val: training images kept for validation where there is no ``root/val``; a number, or a share below 1.
         flip: mirror half of the training images.
         crop: shift training images by up to so many pixels.
+        test: the folder of the test images; "val" for data sets whose test labels are not given out, as ImageNet's.
         train_transform: from a PIL image to the (C, H, H) float32 that the model is trained on, in place of resizing,
             cutting and normalizing; e.g. what ``timm.data.create_transform(is_training=True, ...)`` returns.
         eval_transform: likewise, for validation and test. ``mean`` and ``std`` must be those of the transforms.
@@ -58,6 +59,7 @@ class ImageFolder(ImageDataModule):
         val: int | float = 0.1,
         flip: bool = False,
         crop: int = 0,
+        test: str = "test",
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
         mean: float | Sequence[float] = 0.5,
@@ -84,15 +86,16 @@ class ImageFolder(ImageDataModule):
             raise HastenError(f"{self.name}: channels: expected 1 for grey or 3 for colour, got {channels!r}")
         self._check_part("val", val)
         self.val = val
+        self.test = test
         squared = self._squared
         self.train_transform = squared if train_transform is None else train_transform
         self.eval_transform = squared if eval_transform is None else eval_transform
-        for part in ("val", "test"):
+        for part in ("val", test):
             self._check_classes(part)
 
     def read(self) -> Splits:
         """The files of each split; the images are read when they are asked for."""
-        train, val, test = (self._files(part) for part in ("train", "val", "test"))
+        train, val, test = (self._files(part) for part in ("train", "val", self.test))
         if not (self.root / "val").exists():
             labels = torch.tensor([label for _, label in train])
             val, train = ([train[index] for index in part.tolist()] for part in self._carve(labels, self.val))
