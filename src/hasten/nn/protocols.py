@@ -1,9 +1,12 @@
 """Where modules and callbacks meet: what one side offers and the other asks for. Typing only, nothing runs here."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from hasten.nn.token_merging import Merging
 
 LossTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images (B, C, H, W), outputs (B, K), targets) -> scalar to be added to the loss."""
@@ -43,4 +46,26 @@ class GeneratesImages(Protocol):
         self, n: int, labels: Tensor | None = None, steps: int | None = None, generator: Generator | None = None
     ) -> Tensor:
         """Draw n images in the module's own range, (n, C, H, W), [-1, 1] for pixels; ``labels`` is (n,) int64."""
+        ...
+
+
+@runtime_checkable
+class SupportsTokenMerging(Protocol):
+    """A backbone that merges tokens between its blocks, as told and without a trace in its state_dict."""
+
+    depth: int
+    """Blocks, so many entries has ``Merging.r``."""
+    num_tokens: int
+    """Tokens that enter the first block, prefix tokens included."""
+    num_prefix_tokens: int
+    """Class and register tokens, which are never merged."""
+    token_source: Tensor | None
+    """(B, N', N) 0/1 of the last batch where ``Merging.trace_source``: which of N tokens each of N' is made of."""
+
+    def set_token_merging(self, merging: "Merging | None") -> None:
+        """Merge from the next forward on, or None: not at all.
+
+        Raises:
+            ValueError: for a metric the backbone does not have, or an r that leaves too few tokens; names the block.
+        """
         ...
