@@ -1,1 +1,1 @@
-"""Triton and native kernels, reached only through registered torch operators. None yet."""
+"""Kernels behind registered torch operators: Triton for CUDA, C for CPUs. Reached through hasten.functional only."""
