@@ -1,5 +1,6 @@
 """The formulas: pure functions on tensors, torch alone, no state and no hidden randomness."""
 
+from hasten.functional.scan import selective_scan
 from hasten.functional.timesteps import (
     PREDICTION_TYPES,
     clts_probabilities,
@@ -61,6 +62,7 @@ __all__ = [
     "ordered_bipartite_matching",
     "p2_weights",
     "second_moment_probabilities",
+    "selective_scan",
     "snr_weights",
     "soft_min_snr_weights",
     "speed_probabilities",
