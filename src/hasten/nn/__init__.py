@@ -16,6 +16,8 @@ from hasten.nn.timestep_peers import (
     TruncatedSNRSampler,
 )
 from hasten.nn.timesteps import TimestepSampler, UniformSampler, alphas_cumprod, num_timesteps
+from hasten.nn.token_merging import MergeHandle, MergeOptions, Merging, attach_token_merging, unmerged_copy
+from hasten.nn.vision_mamba import VisionMamba, vim
 
 __all__ = [
     "CLTSSampler",
@@ -25,6 +27,9 @@ __all__ = [
     "LinearSkip",
     "LogitNormalSampler",
     "LossSecondMomentSampler",
+    "MergeHandle",
+    "MergeOptions",
+    "Merging",
     "MinSNRSampler",
     "ModeSampler",
     "P2Sampler",
@@ -33,8 +38,12 @@ __all__ = [
     "TimestepSampler",
     "TruncatedSNRSampler",
     "UniformSampler",
+    "VisionMamba",
     "alphas_cumprod",
+    "attach_token_merging",
     "dit",
     "num_timesteps",
     "unet",
+    "unmerged_copy",
+    "vim",
 ]

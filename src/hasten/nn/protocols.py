@@ -59,6 +59,8 @@ class SupportsTokenMerging(Protocol):
     """Tokens that enter the first block, prefix tokens included."""
     num_prefix_tokens: int
     """Class and register tokens, which are never merged."""
+    prefix_indices: tuple[int, ...]
+    """Where they stand among the tokens that enter the first block: in front, or in the middle of a Vim."""
     token_source: Tensor | None
     """(B, N', N) 0/1 of the last batch where ``Merging.trace_source``: which of N tokens each of N' is made of."""
 
