@@ -1,5 +1,6 @@
 """The formulas: pure functions on tensors, torch alone, no state and no hidden randomness."""
 
+from hasten.functional.distillation import distillation_loss
 from hasten.functional.scan import selective_scan
 from hasten.functional.timesteps import (
     PREDICTION_TYPES,
@@ -46,6 +47,7 @@ __all__ = [
     "bipartite_soft_matching",
     "clts_probabilities",
     "debias_weights",
+    "distillation_loss",
     "dual_timesteps",
     "edm_probabilities",
     "edm_weights",
