@@ -1,6 +1,7 @@
 """What attaches to anyone's LightningModule and leaves it as it found it."""
 
 from hasten.callbacks.class_consistency import ClassConsistency
+from hasten.callbacks.distillation import Distillation
 from hasten.callbacks.ema import EMA
 from hasten.callbacks.image_grid import ImageGrid
 from hasten.callbacks.progress import Progress
@@ -8,4 +9,13 @@ from hasten.callbacks.sample_distance import SampleDistance
 from hasten.callbacks.throughput import Throughput
 from hasten.callbacks.timestep_sampling import TimestepSampling
 
-__all__ = ["EMA", "ClassConsistency", "ImageGrid", "Progress", "SampleDistance", "Throughput", "TimestepSampling"]
+__all__ = [
+    "EMA",
+    "ClassConsistency",
+    "Distillation",
+    "ImageGrid",
+    "Progress",
+    "SampleDistance",
+    "Throughput",
+    "TimestepSampling",
+]
