@@ -8,6 +8,7 @@ from hasten.callbacks.progress import Progress
 from hasten.callbacks.sample_distance import SampleDistance
 from hasten.callbacks.throughput import Throughput
 from hasten.callbacks.timestep_sampling import TimestepSampling
+from hasten.callbacks.token_merging import TokenMerging
 
 __all__ = [
     "EMA",
@@ -18,4 +19,5 @@ __all__ = [
     "SampleDistance",
     "Throughput",
     "TimestepSampling",
+    "TokenMerging",
 ]

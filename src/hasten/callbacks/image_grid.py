@@ -84,7 +84,7 @@ class ImageGrid(Callback):
                 image = self._picture(name, images)
                 write_png(image, self.folder / f"{name}_{step:06d}.png")
                 write_png(image, self.folder / f"{name}.png")
-                _log_image(trainer, name, image, step)
+                log_image(trainer, name, image, step)
 
     def _picture(self, name: str, images: Tensor) -> Tensor:
         if images.ndim != 5 or images.size(2) not in (1, 3):
@@ -136,7 +136,7 @@ def write_png(image: Tensor, path: Path) -> None:
         save_image(image, unfinished)
 
 
-def _log_image(trainer: Trainer, name: str, image: Tensor, step: int) -> None:
+def log_image(trainer: Trainer, name: str, image: Tensor, step: int) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             # as bytes: of a float tensor wandb would stretch the contrast
