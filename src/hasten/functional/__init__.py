@@ -1,6 +1,13 @@
 """The formulas: pure functions on tensors, torch alone, no state and no hidden randomness."""
 
 from hasten.functional.distillation import distillation_loss
+from hasten.functional.hypernet import (
+    basis_delta,
+    complement_encoding,
+    fan_out_std,
+    lora_delta,
+    magnitude_invariant_encoding,
+)
 from hasten.functional.scan import selective_scan
 from hasten.functional.timesteps import (
     PREDICTION_TYPES,
@@ -44,14 +51,19 @@ __all__ = [
     "MERGE_REDUCTIONS",
     "PREDICTION_TYPES",
     "MergePlan",
+    "basis_delta",
     "bipartite_soft_matching",
     "clts_probabilities",
+    "complement_encoding",
     "debias_weights",
     "distillation_loss",
     "dual_timesteps",
     "edm_probabilities",
     "edm_weights",
+    "fan_out_std",
     "logit_normal_probabilities",
+    "lora_delta",
+    "magnitude_invariant_encoding",
     "meaningful_step",
     "merge_schedule",
     "merge_source",

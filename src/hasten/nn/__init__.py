@@ -2,6 +2,10 @@
 
 from hasten.nn.convnet import ConvNet
 from hasten.nn.diffusion import LinearSkip, dit, unet
+from hasten.nn.hypernet import HyperModel, head_sizes, hypernetize
+from hasten.nn.hypernet_heads import Basis, Chunked, Dense, LoRA
+from hasten.nn.hypernet_inputs import Choice, Range
+from hasten.nn.selection import select_modules, select_parameters
 from hasten.nn.speed import SpeeDSampler
 from hasten.nn.timestep_peers import (
     CLTSSampler,
@@ -20,11 +24,17 @@ from hasten.nn.token_merging import MergeHandle, MergeOptions, Merging, attach_t
 from hasten.nn.vision_mamba import VisionMamba, vim
 
 __all__ = [
+    "Basis",
     "CLTSSampler",
+    "Choice",
+    "Chunked",
     "ConvNet",
     "DebiasSampler",
+    "Dense",
     "EDMSampler",
+    "HyperModel",
     "LinearSkip",
+    "LoRA",
     "LogitNormalSampler",
     "LossSecondMomentSampler",
     "MergeHandle",
@@ -33,6 +43,7 @@ __all__ = [
     "MinSNRSampler",
     "ModeSampler",
     "P2Sampler",
+    "Range",
     "SoftMinSNRSampler",
     "SpeeDSampler",
     "TimestepSampler",
@@ -42,7 +53,11 @@ __all__ = [
     "alphas_cumprod",
     "attach_token_merging",
     "dit",
+    "head_sizes",
+    "hypernetize",
     "num_timesteps",
+    "select_modules",
+    "select_parameters",
     "unet",
     "unmerged_copy",
     "vim",

@@ -1,0 +1,502 @@
+"""Hypernetworks for any module: its own parameters stay, and what a small network makes of an input is added to them.
+
+theta_t(input) = theta0_t + delta_t(E(input)) for each chosen tensor t. theta0 are the model's own parameters, E is the
+encoding of constant norm, delta the network with its head. That theta0 is apart, and not the bias of the head's last
+layer, changes nothing but its initial value: the two are the same class of functions.
+"""
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call, vmap
+from torch.optim.swa_utils import update_bn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hasten.errors import did_you_mean
+from hasten.nn.hypernet_heads import ACTIVATIONS, HEADS, Head, Plan, size_of, within_budget
+from hasten.nn.hypernet_inputs import Choice, InputEncoding, Range
+from hasten.nn.selection import ParameterChoice, select_parameters
+
+log = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Range | Choice | tuple[float, float]]
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class HyperModel(nn.Module):
+    """A model whose chosen parameters depend on named inputs; built by :func:`hypernetize`.
+
+    It is called as the model is, with the inputs as further keywords. One value of each for the whole batch costs one
+    generated set of weights; (B,) or (B, D) values give every sample weights of its own, and then tensor arguments
+    with B rows are mapped and all others shared. Outputs may be any pytree of tensors.
+
+    A forward draws nothing and never waits for the device, ``out_of_range="error"`` and ``per_sample="unique"`` apart.
+    Under torch.compile pass inputs as tensors: a Python number is a constant of the graph.
+
+    Attributes:
+        model: the object that was passed in; its parameters are theta0, its state_dict keys stand under "model.".
+        encoding: from inputs to E.
+        hyper: from E to the deltas.
+        names: the parameters of the model that are generated.
+
+    Example:
+        >>> hyper = hypernetize(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), {"angle": (0, 180)})
+        >>> x = torch.randn(4, 2)
+        >>> hyper(x, angle=45).shape, hyper(x, angle=torch.tensor([0.0, 45.0, 90.0, 180.0])).shape
+        (torch.Size([4, 1]), torch.Size([4, 1]))
+        >>> hyper.delta(angle=45)["0.weight"].shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoding: InputEncoding,
+        hyper: nn.Module,
+        names: Sequence[str],
+        *,
+        per_sample: str,
+        model_inputs: Sequence[str],
+    ):
+        super().__init__()
+        self.model = model
+        self.encoding = encoding
+        self.hyper = hyper
+        self.names = tuple(names)
+        self.per_sample = per_sample
+        self.model_inputs = tuple(model_inputs)
+        self._arguments = _arguments(model)
+        self._batch_norms = _batch_norms(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the weights of the inputs, which are keywords; all else goes to the model.
+
+        Raises:
+            TypeError: for an input that is missing or a keyword that nobody takes.
+            ValueError: for values, shapes or batch sizes that do not fit.
+            RuntimeError: for weights per sample in a model that is training its batch norms.
+        """
+        values = {name: kwargs.pop(name) for name in self.encoding.inputs if name in kwargs}
+        if self._arguments is not None and (unknown := [name for name in kwargs if name not in self._arguments]):
+            wanted = ", ".join(self.encoding.inputs)
+            nearest = did_you_mean(unknown[0], [*self.encoding.inputs, *self._arguments])
+            raise TypeError(f"hypernet: inputs: expected {wanted}, got {', '.join(unknown)}{nearest}")
+        encoded = self._encoded(values)
+        for name in self.model_inputs:
+            kwargs[name] = self._as_passed(name, values[name])
+        if encoded.ndim == 1:
+            return functional_call(self.model, self._theta(encoded), args, kwargs)
+        return self._call_per_sample(encoded, args, kwargs)
+
+    def generate(self, **inputs: Any) -> dict[str, Tensor]:
+        """Theta by parameter name: its shape, or (B, *shape) where an input is per sample."""
+        return self._theta(self._encoded(inputs))
+
+    def delta(self, **inputs: Any) -> dict[str, Tensor]:
+        """What is added to the model's own parameters, by name: shape, or (B, *shape) where an input is per sample."""
+        return self._delta(self._encoded(inputs))
+
+    def materialize(self, *, recalibrate: Iterable[Any] | None = None, **inputs: Any) -> nn.Module:
+        """A deep copy of the model with the weights of one value of each input: a plain module, to export or to keep.
+
+        Args:
+            recalibrate: batches, images or tuples that begin with them, from which the running statistics of batch
+                norms are estimated anew, in training mode; those of training are a mixture over all inputs.
+            inputs: one value each.
+        """
+        with torch.no_grad():
+            encoded = self._encoded(inputs)
+            if encoded.ndim > 1:
+                raise ValueError(f"hypernet: materialize: expected one value of each input, got {len(encoded)}")
+            model = copy.deepcopy(self.model)
+            for name, weights in self._theta(encoded).items():
+                model.get_parameter(name).copy_(weights)
+        if recalibrate is not None:
+            passed = {name: self._as_passed(name, inputs[name]) for name in self.model_inputs}
+            hook = model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | passed), with_kwargs=True)
+            try:
+                update_bn(recalibrate, model)
+            finally:
+                hook.remove()
+        return model
+
+    def param_groups(self, *, base_lr: float, hyper_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer, each trainable parameter once; an empty group is left out.
+
+        Args:
+            base_lr: of the model's own parameters.
+            hyper_lr: of the hypernetwork.
+            weight_decay: of the model's matrices and kernels; norms, biases and the hypernetwork have none.
+        """
+        groups: dict[str, dict[str, Any]] = {
+            "base": {"lr": base_lr, "weight_decay": weight_decay},
+            "base_no_decay": {"lr": base_lr, "weight_decay": 0.0},
+            "hyper": {"lr": hyper_lr, "weight_decay": 0.0},
+        }
+        exempt = self.no_weight_decay()
+        members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+        for name, parameter in self.named_parameters():
+            plain = parameter.ndim <= 1 or name in exempt
+            group = "hyper" if name.startswith("hyper.") else "base_no_decay" if plain else "base"
+            if parameter.requires_grad:
+                members[group].append(parameter)
+        return [{"name": name, "params": members[name], **options} for name, options in groups.items() if members[name]]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that no optimizer should decay, in timm's convention: the hypernetwork, and what the model names."""
+        of_model = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()  # type: ignore[operator]
+        return {f"hyper.{name}" for name, _ in self.hyper.named_parameters()} | {f"model.{name}" for name in of_model}
+
+    def sample_inputs(self, n: int | None = None, *, generator: Generator | None = None) -> dict[str, Tensor]:
+        """Draw one value of each input, or n, on the generator's device; they are returned on the model's."""
+        device = self._like().device
+        return {name: value.to(device) for name, value in self.encoding.sample(n, generator).items()}
+
+    def _like(self) -> Tensor:
+        return next(self.hyper.parameters())
+
+    def _encoded(self, values: Mapping[str, Any]) -> Tensor:
+        return self.encoding(values, self._like())
+
+    def _delta(self, encoded: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.hyper(encoded), strict=True))
+
+    def _theta(self, encoded: Tensor) -> dict[str, Tensor]:
+        theta = {}
+        for name, delta in self._delta(encoded).items():
+            own = self.model.get_parameter(name)
+            theta[name] = own + delta.to(own.dtype)
+        return theta
+
+    def _as_passed(self, name: str, value: Any) -> Any:
+        """An input as the model sees it: as it was given, but a list as the tensor that can be mapped."""
+        if isinstance(value, (Tensor, Real, str)):
+            return value
+        return self.encoding.inputs[name].read(name, value, "error", self._like())
+
+    def _call_per_sample(self, encoded: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each sample through weights of its own, (B, e); the outputs are those of one call with B rows."""
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        mapped = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == encoded.shape[:1]
+        ]
+        if tensors and not mapped:
+            raise ValueError(
+                f"hypernet: inputs: expected as many as an argument has rows, got {len(encoded)} and arguments of "
+                f"shape {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}; pass one value for the whole batch"
+            )
+        rest: list[Any] = []  # of the outputs: what is no tensor, and the structure
+
+        def call(theta: dict[str, Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+            filled = list(leaves)
+            for i, row in zip(mapped, rows, strict=True):
+                filled[i] = row
+            call_args, call_kwargs = tree_unflatten(filled, structure)
+            flat, spec = tree_flatten(functional_call(self.model, theta, call_args, call_kwargs))
+            # vmap takes tensors alone; anything else, None perhaps, is the same for every sample
+            rest[:] = [spec, *(_A_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in flat)]
+            return [leaf for leaf in flat if isinstance(leaf, Tensor)]
+
+        if self.per_sample != "unique":
+            self._refuse_training_batch_norms()
+        outputs = iter(_PER_SAMPLE[self.per_sample](call, self._theta, encoded, [leaves[i] for i in mapped]))
+        spec, *flat = rest
+        return tree_unflatten([next(outputs) if leaf is _A_TENSOR else leaf for leaf in flat], spec)
+
+    def _refuse_training_batch_norms(self) -> None:
+        for name in self._batch_norms:
+            norm = self.model.get_submodule(name)
+            if norm.training and getattr(norm, "running_mean", None) is not None:
+                raise RuntimeError(
+                    f"hypernet: {name}: expected no batch norm in training mode with weights per sample, got one that "
+                    "keeps running statistics; use GroupNorm, one input a batch (draw='batch'), "
+                    "per_sample='unique', or torch.func.replace_all_batch_norm_modules_(model)"
+                )
+
+
+def hypernetize(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    params: ParameterChoice = "auto",
+    hidden: Sequence[int] = (16, 64, 128),
+    activation: str = "leaky_relu",
+    head: str | Head = "dense",
+    norm: str = "unit",
+    encoding: str | None = "cos_sin",
+    residual: bool = True,
+    init: str = "fan_out",
+    base_init: str = "keep",
+    freeze_base: bool = False,
+    per_sample: str = "auto",
+    out_of_range: str = "clamp",
+    model_inputs: Sequence[str] = (),
+    max_dense_params: int = 50_000_000,
+    generator: Generator | None = None,
+) -> HyperModel:
+    """Let chosen parameters of a model depend on named inputs, which a small network turns into changes of them.
+
+    The model stays the object it is, with its class, its modules and its state_dict keys. Only where an argument says
+    so its values change in place: ``base_init="kaiming"``, ``residual=False`` and, for requires_grad, ``freeze_base``.
+
+    Args:
+        model: any module; tied parameters stay tied.
+        inputs: name -> Range, Choice or (low, high).
+        params: what is generated: "auto", weights and biases of every convolution and linear layer but the last; or as
+            in :func:`select_parameters`: "all", "norm", "bias", globs, classes, or (name, parameter, owner) -> bool.
+        hidden: widths of the network.
+        activation: "leaky_relu", "relu", "gelu", "silu" or "tanh".
+        head: "dense", "basis", "lora", "chunked", or a Dense, Basis, LoRA or Chunked of your own sizes.
+        norm: of the encoding: "unit", or "per_dim" as in the paper; see :func:`magnitude_invariant_encoding`.
+        encoding: "cos_sin"; for comparison "complement" or None.
+        residual: False sets the chosen parameters to 0 in place, where they act as the output bias: for ablations.
+        init: "fan_out", or "zero": no delta at the start.
+        base_init: "keep", or "kaiming", for a model trained from scratch: kernels and matrices among the chosen are
+            drawn anew, normal with fan-in, their biases 0.
+        freeze_base: train the hypernetwork alone.
+        per_sample: how weights per sample are applied: "vmap"; "loop", a call a sample; "unique", a call for each
+            distinct input; "auto": vmap, or a loop for recurrent layers, which vmap cannot serve.
+        out_of_range: for tensors: "clamp"; "error", which waits for the device; "ignore", where the encoding repeats.
+            Numbers are always checked.
+        model_inputs: inputs that the model takes as well, under the same name.
+        max_dense_params: a dense head with more parameters is refused.
+        generator: of all that is drawn here, on the CPU.
+
+    Raises:
+        ValueError: for arguments that do not fit the model, and for a dense head above the budget.
+        TypeError: for parameters that cannot be added to.
+
+    Source: MIP, arXiv:2304.07645. Ours are the division by sqrt(D) and the other heads.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> hyper = hypernetize(net, {"angle": (0, 180), "noise": Range(1e-3, 1, log=True)}, head="basis")
+        >>> hyper(torch.randn(2, 1, 8, 8), angle=30.0, noise=0.1).shape, hyper.names
+        (torch.Size([2, 10]), ('0.weight', '0.bias'))
+    """
+    if isinstance(model, HyperModel):
+        raise ValueError("hypernetize: model: expected a plain module, got a HyperModel; pass its .model")
+    for argument, given, allowed in [
+        ("activation", activation, ACTIVATIONS),
+        ("init", init, ("fan_out", "zero")),
+        ("base_init", base_init, ("keep", "kaiming")),
+        ("per_sample", per_sample, ("auto", *_PER_SAMPLE)),
+    ]:
+        if given not in allowed:
+            raise ValueError(f"hypernetize: {argument}: expected one of {', '.join(allowed)}, got {given!r}")
+    _check_hidden(hidden)
+    chosen = _generated(model, params)
+    head = within_budget(head, _shapes(chosen), hidden[-1], max_dense_params, _shapes(_norms(model)))
+    encode = InputEncoding(inputs, kind=encoding, norm=norm, out_of_range=out_of_range)
+    _check_arguments(model, encode.inputs, model_inputs)
+    per_sample = _resolved(model, per_sample)
+    if batch_norms := _batch_norms(model):
+        warnings.warn(
+            f"hypernetize: {batch_norms[0]}: running statistics of batch norms will mix all inputs; re-estimate them "
+            "with materialize(recalibrate=batches), or use GroupNorm",
+            stacklevel=2,
+        )
+    plan = Plan(
+        _shapes(chosen), encode.out_features, encode.bound, tuple(hidden), activation, init == "zero", generator
+    )
+    hyper = head.build(plan)
+    like = next(iter(chosen.values()))
+    for part in (encode, hyper):
+        part.to(like.dtype).to(like.device)
+    _initialize_base(model, chosen, base_init, residual, generator)
+    if freeze_base:
+        model.requires_grad_(False)
+    log.info(
+        "hypernetize: %s parameters of %s from %s: %s",
+        f"{sum(parameter.numel() for parameter in hyper.parameters()):,}",
+        head,
+        ", ".join(encode.inputs),
+        ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in chosen.items()),
+    )
+    return HyperModel(model, encode, hyper, tuple(chosen), per_sample=per_sample, model_inputs=model_inputs)
+
+
+def head_sizes(
+    model: nn.Module, *, params: ParameterChoice = "auto", hidden: Sequence[int] = (16, 64, 128)
+) -> list[dict[str, Any]]:
+    """What each head would cost, a row each: head, params, weights, parameters, adam_gib (training, in float32).
+
+    For a model with norm layers the last row is a dense head that generates these alone.
+
+    Args:
+        model: is not changed.
+        params: as in :func:`hypernetize`.
+        hidden: widths of the network before the head.
+
+    Example:
+        >>> rows = head_sizes(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 10)))
+        >>> [(row["head"], row["parameters"]) for row in rows[:2]]
+        [('Dense()', 1292800), ('Basis(k=8)', 81824)]
+    """
+    _check_hidden(hidden)
+    shapes = _shapes(_generated(model, params))
+    rows = [{"params": params} | size_of(head, shapes, hidden[-1]) for head in HEADS.values()]
+    if params != "norm" and (norms := _norms(model)):
+        rows.append({"params": "norm"} | size_of(HEADS["dense"], _shapes(norms), hidden[-1]))
+    return rows
+
+
+def _generated(model: nn.Module, params: ParameterChoice) -> dict[str, nn.Parameter]:
+    """The parameters that ``params`` means, by name, all of which a delta can be added to."""
+    if params == "auto":
+        layers = [layer for layer in model.modules() if isinstance(layer, _LAYERS)]
+        if len(layers) < 2:
+            raise ValueError(
+                f"hypernetize: params: expected at least two convolutions or linear layers for 'auto', which leaves "
+                f"out the last, got {len(layers)}; name what is to be generated, e.g. params='all'"
+            )
+        last = {id(parameter) for parameter in layers[-1].parameters(recurse=False)}
+        chosen = select_parameters(model, lambda _, own, layer: isinstance(layer, _LAYERS) and id(own) not in last)
+    else:
+        chosen = select_parameters(model, params)
+    for name, parameter in chosen.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise TypeError(f"hypernetize: {name}: expected a shape, got a lazy parameter; run the model once before")
+        if hasattr(parameter, "full_tensor"):  # a DTensor; its class takes most of a second to import
+            raise TypeError(
+                f"hypernetize: {name}: expected a whole parameter, got a sharded one; hypernetize, then shard"
+            )
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"hypernetize: {name}: expected floating point, got {parameter.dtype}; leave it out of params, or "
+                "dequantize the model"
+            )
+    return chosen
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of norm layers by name; none is no error here."""
+    try:
+        return select_parameters(model, "norm")
+    except ValueError:
+        return {}
+
+
+def _shapes(parameters: Mapping[str, nn.Parameter]) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in parameters.values()]
+
+
+def _check_hidden(hidden: Sequence[int]) -> None:
+    if not hidden or min(hidden) < 1:
+        raise ValueError(f"hypernetize: hidden: expected at least one width, each at least 1, got {tuple(hidden)}")
+
+
+def _arguments(model: nn.Module) -> frozenset[str] | None:
+    """The keywords that a model's forward takes; None where it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL)
+
+
+def _check_arguments(model: nn.Module, inputs: Iterable[str], model_inputs: Sequence[str]) -> None:
+    arguments = _arguments(model)
+    forward = f"{type(model).__name__}.forward"
+    for name in model_inputs:
+        if name not in inputs:
+            raise ValueError(f"hypernetize: model_inputs: expected names of inputs, got {name!r}")
+        if arguments is not None and name not in arguments:
+            raise ValueError(f"hypernetize: model_inputs: expected arguments of {forward}, got {name!r}")
+    for name in inputs:
+        if name in (arguments or ()) and name not in model_inputs:
+            raise ValueError(
+                f"hypernetize: inputs: expected a name that {forward} does not take, got {name!r}; rename it, or list "
+                "it in model_inputs if the model is to see it too"
+            )
+
+
+def _resolved(model: nn.Module, per_sample: str) -> str:
+    recurrent = [name for name, module in model.named_modules() if isinstance(module, (nn.RNNBase, nn.LSTMCell))]
+    if recurrent and per_sample == "vmap":
+        raise ValueError(
+            f"hypernetize: per_sample: expected 'loop' or 'unique' for the recurrent layer {recurrent[0]!r}, which "
+            "vmap cannot serve, got 'vmap'; use per_sample='loop'"
+        )
+    return ("loop" if recurrent else "vmap") if per_sample == "auto" else per_sample
+
+
+def _batch_norms(model: nn.Module) -> list[str]:
+    """Names of the layers that keep statistics of what they see; instance norms may."""
+    norms = nn.modules.batchnorm._NormBase
+    return [name for name, layer in model.named_modules() if isinstance(layer, norms) and layer.track_running_stats]
+
+
+@torch.no_grad()
+def _initialize_base(
+    model: nn.Module, chosen: Mapping[str, nn.Parameter], base_init: str, residual: bool, generator: Generator | None
+) -> None:
+    """Set theta0 in place, as far as an argument asks for it."""
+    for name, parameter in chosen.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if not residual:
+            parameter.zero_()
+        elif base_init == "kaiming" and isinstance(owner, _LAYERS):
+            if parameter.ndim > 1:
+                drawn = torch.empty_like(parameter, device="cpu")
+                parameter.copy_(nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator))
+            else:
+                parameter.zero_()
+    if not residual:
+        log.warning("hypernetize: residual=False: %d parameters of the model were set to 0 in place", len(chosen))
+
+
+_Call = Callable[[dict[str, Tensor], Sequence[Tensor]], list[Tensor]]
+"""(weights by name, tensors of n rows) -> the output's tensors: one call of the model."""
+
+_Theta = Callable[[Tensor], dict[str, Tensor]]
+"""E, (B, e) -> weights by name, (B, *shape)."""
+
+_A_TENSOR = object()
+
+
+def _vmapped(call: _Call, theta: _Theta, encoded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    def of_one(weights: dict[str, Tensor], row: Sequence[Tensor]) -> list[Tensor]:
+        return call(weights, [part.unsqueeze(0) for part in row])
+
+    outputs = vmap(of_one, randomness="different")(theta(encoded), rows)
+    return [output if output.ndim == 1 else output.flatten(0, 1) for output in outputs]
+
+
+def _looped(call: _Call, theta: _Theta, encoded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    weights = {name: stacked.unbind() for name, stacked in theta(encoded).items()}
+    calls = [
+        call({name: each[b] for name, each in weights.items()}, [row[b : b + 1] for row in rows])
+        for b in range(len(encoded))
+    ]
+    return [torch.cat(parts) if parts[0].ndim else torch.stack(parts) for parts in zip(*calls, strict=True)]
+
+
+def _grouped(call: _Call, theta: _Theta, encoded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """One call for all samples with the same input."""
+    _, group, sizes = encoded.detach().unique(dim=0, return_inverse=True, return_counts=True)
+    order = group.argsort(stable=True)
+    members = order.split(sizes.tolist())
+    weights = {name: each.unbind() for name, each in theta(torch.stack([encoded[m[0]] for m in members])).items()}
+    calls = []
+    for k, samples in enumerate(members):
+        outputs = call({name: each[k] for name, each in weights.items()}, [row[samples] for row in rows])
+        if wrong := [tuple(output.shape) for output in outputs if output.shape[:1] != samples.shape]:
+            raise ValueError(
+                f"hypernet: per_sample: expected outputs with a row for each of {len(samples)} samples for 'unique', "
+                f"got shape {wrong[0]}; use per_sample='loop'"
+            )
+        calls.append(outputs)
+    back = order.argsort()
+    return [torch.cat(parts)[back] for parts in zip(*calls, strict=True)]
+
+
+_PER_SAMPLE = {"vmap": _vmapped, "loop": _looped, "unique": _grouped}
