@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hasten.nn import Basis, Chunked, Dense, LoRA
-from hasten.nn.hypernet_heads import ACTIVATIONS, Plan, size_of, within_budget
+from hasten.nn.hypernet.heads import ACTIVATIONS, Plan, size_of, within_budget
 
 SHAPES = [(16, 8, 3, 3), (16,), (32, 40), ()]
 HEADS = [Dense(), Basis(4), LoRA(4), Chunked(256, embedding=4)]

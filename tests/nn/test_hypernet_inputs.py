@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hasten.nn import Choice, Range
-from hasten.nn.hypernet_inputs import InputEncoding
+from hasten.nn.hypernet.inputs import InputEncoding
 
 LIKE = torch.zeros((), dtype=torch.float64)
 

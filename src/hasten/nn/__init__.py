@@ -2,9 +2,7 @@
 
 from hasten.nn.convnet import ConvNet
 from hasten.nn.diffusion import LinearSkip, dit, unet
-from hasten.nn.hypernet import HyperModel, head_sizes, hypernetize
-from hasten.nn.hypernet_heads import Basis, Chunked, Dense, LoRA
-from hasten.nn.hypernet_inputs import Choice, Range
+from hasten.nn.hypernet import Basis, Choice, Chunked, Dense, HyperModel, LoRA, Range, head_sizes, hypernetize
 from hasten.nn.selection import select_modules, select_parameters
 from hasten.nn.speed import SpeeDSampler
 from hasten.nn.timestep_peers import (

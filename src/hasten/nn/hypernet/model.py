@@ -20,8 +20,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hasten.errors import did_you_mean
-from hasten.nn.hypernet_heads import ACTIVATIONS, HEADS, Head, Plan, size_of, within_budget
-from hasten.nn.hypernet_inputs import Choice, InputEncoding, Range
+from hasten.nn.hypernet.heads import ACTIVATIONS, HEADS, Head, Plan, size_of, within_budget
+from hasten.nn.hypernet.inputs import Choice, InputEncoding, Range
 from hasten.nn.selection import ParameterChoice, select_parameters
 
 log = logging.getLogger(__name__)
