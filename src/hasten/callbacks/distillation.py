@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from hasten.callbacks.sample_distance import weight_hash
-from hasten.errors import HastenError, did_you_mean, on_one_line
+from hasten.errors import HastenError, did_you_mean
 from hasten.formats import whole_file
 from hasten.functional import distillation_loss
 from hasten.nn.protocols import HasLossTerms
 from hasten.nn.token_merging import unmerged_copy
+from hasten.nn.weights import check_fit, read_weights
 
-_KEYS_SHOWN = 5  # of a checkpoint that does not fit
 _Call = tuple[tuple, dict[str, Any], Any]  # args, kwargs, output
 
 
@@ -387,28 +387,14 @@ def _sync(teacher: nn.Module) -> None:
 
 def _load(network: nn.Module, path: Path, *, prefix: str) -> None:
     """Fill ``network`` from Lightning's checkpoint, where its keys begin with ``prefix``, or its own state_dict."""
+    wanted = network.state_dict()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.replace("_orig_mod.", ""): value for key, value in content.get("state_dict", content).items()}
-    except FileNotFoundError:
-        raise HastenError(
-            f"distillation: teacher: expected a file, there is none at {str(path)!r}; pass the path it has now"
-        ) from None
-    except Exception as error:  # a broken or foreign file announces itself by half a dozen exceptions
-        raise HastenError(
-            f"distillation: teacher: expected a checkpoint at {str(path)!r}, got: {on_one_line(error)}"
-        ) from error
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        shapes, found = ({key: tuple(x.shape) for key, x in part.items()} for part in (network.state_dict(), state))
-        wrong = [key for key in dict(shapes | found) if shapes.get(key) != found.get(key)]
-        shown = ", ".join(f"{key} {found.get(key, 'missing')}" for key in wrong[:_KEYS_SHOWN])
-        raise HastenError(
-            f"distillation: teacher: expected the student's keys and shapes in {str(path)!r}, got {shown}"
-            f"{', ...' if len(wrong) > _KEYS_SHOWN else ''} ({len(wrong)} differ); pass another network as nn.Module"
-        ) from error
+        wrappers = (prefix, "module.", "_orig_mod.")
+        state, _ = read_weights(path, wanted, owner="distillation: teacher", kinds=("state_dict",), wrappers=wrappers)
+        check_fit(state, wanted, owner="distillation: teacher", path=path)
+    except ValueError as error:
+        raise HastenError(str(error)) from error
+    network.load_state_dict(state)
 
 
 def _write_snapshot(teacher: nn.Module, trainer: Trainer) -> str:

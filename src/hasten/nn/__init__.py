@@ -20,6 +20,7 @@ from hasten.nn.timestep_peers import (
 from hasten.nn.timesteps import TimestepSampler, UniformSampler, alphas_cumprod, num_timesteps
 from hasten.nn.token_merging import MergeHandle, MergeOptions, Merging, attach_token_merging, unmerged_copy
 from hasten.nn.vision_mamba import VisionMamba, vim
+from hasten.nn.weights import timm_model
 
 __all__ = [
     "Basis",
@@ -56,6 +57,7 @@ __all__ = [
     "num_timesteps",
     "select_modules",
     "select_parameters",
+    "timm_model",
     "unet",
     "unmerged_copy",
     "vim",

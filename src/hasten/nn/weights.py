@@ -1,0 +1,114 @@
+"""Weights out of a file into a model: nothing of the file runs, wrappers come off, and every name has to fit."""
+
+import argparse
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+KINDS = ("model", "state_dict", "model_ema")
+"""Under which names trainers keep weights in a checkpoint, in the order they are looked for."""
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that DistributedDataParallel, torch.compile and a LightningModule put before a parameter's name."""
+_SHOWN = 5
+
+
+def timm_model(model_name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> nn.Module:
+    """A model of timm, with weights from a file where ``checkpoint`` is given.
+
+    Args:
+        model_name: as in ``timm.list_models()``.
+        checkpoint: of a LightningModule that keeps the network as ``model``, or a state_dict, or .safetensors.
+        arguments: of ``timm.create_model``.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be read or does not fit.
+
+    Example:
+        >>> timm_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10).num_classes
+        10
+    """
+    import timm  # noqa: PLC0415 - seconds of import for those who build a timm model only
+
+    model = timm.create_model(model_name, **arguments)
+    if checkpoint is not None:
+        state, kind = read_weights(Path(checkpoint), model.state_dict(), owner=model_name)
+        check_fit(state, model.state_dict(), owner=model_name, path=checkpoint)
+        model.load_state_dict(state)
+        log.info("%s: loaded %s of %s", model_name, kind, checkpoint)
+    return model
+
+
+def read_weights(
+    path: Path,
+    names: Iterable[str],
+    *,
+    owner: str,
+    kinds: tuple[str, ...] = KINDS,
+    wrappers: tuple[str, ...] = WRAPPERS,
+) -> tuple[dict[str, Tensor], str]:
+    """The weights in a checkpoint under the model's own names, and what they were called there.
+
+    Args:
+        path: what torch or safetensors wrote.
+        names: the model's own.
+        owner: whose weights these are, for the errors.
+        kinds: where in the checkpoint to look, first come first.
+        wrappers: prefixes that come off while no name is the model's own.
+
+    Raises:
+        ValueError: where there is no such file, or it cannot be read.
+    """
+    checkpoint = _read(path, owner)
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    kind = next((kind for kind in kinds if isinstance(checkpoint.get(kind), dict)), "")
+    state = checkpoint[kind] if kind else checkpoint
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    wanted = set(names)
+    while not wanted & state.keys():
+        prefix = next((wrapper for wrapper in wrappers if any(name.startswith(wrapper) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return state, kind or "weights"
+
+
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, owner: str, path: str | Path) -> None:
+    """Whether every name and shape is as wanted.
+
+    Raises:
+        ValueError: where not, in one line with the first few names.
+    """
+    problems = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    problems += [f"{name} is missing" for name in wanted if name not in state]
+    problems += [f"{name} is unknown" for name in state if name not in wanted]
+    if problems:
+        shown = "; ".join(problems[:_SHOWN])
+        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{owner}: checkpoint: {path} does not fit: {shown}{rest}; give the model the checkpoint's sizes"
+        )
+
+
+def _read(path: Path, owner: str) -> Any:
+    """What the file holds; no code of it runs."""
+    if not path.is_file():
+        raise ValueError(f"{owner}: checkpoint: expected a file, got {str(path)!r}, which does not exist; give its path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # half a file fails in any way
+        problem = f"{owner}: checkpoint: {path} cannot be read as plain weights ({type(error).__name__})"
+        raise ValueError(f"{problem}; download it again, or save its state_dict alone") from error
