@@ -331,3 +331,12 @@ def test_attach_is_there_without_lightning():
     with TokenMerging.attach(vim, r=5):
         assert vim.forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 12
     assert vim.forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 17
+
+
+def test_the_test_after_a_fit_does_not_report_again_and_one_without_a_fit_does(tmp_path, capsys):
+    made, module = fitted(tmp_path, TokenMerging(r=5))
+    assert "measured" in capsys.readouterr().out
+    made.test(module, batches(), verbose=False)
+    assert "measured" not in capsys.readouterr().out
+    trainer(tmp_path, TokenMerging(r=5)).test(module, batches(), verbose=False)
+    assert "measured" in capsys.readouterr().out

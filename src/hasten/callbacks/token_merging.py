@@ -130,7 +130,8 @@ class TokenMerging(Callback):
     # ------------------------------------------------------------------ attaching
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._reported, self._probed, self._resumed = False, {}, None
+        if stage == "fit":  # the test after a fit has nothing new to report
+            self._reported, self._probed, self._resumed = False, {}, None
         # a backbone that configure_model builds is not there yet; _attached complains if it never comes
         with suppress(ValueError):
             self._attach(pl_module, stage)
@@ -258,7 +259,7 @@ class TokenMerging(Callback):
             metrics |= {"token_merge/flops_ratio": merged / plain, "token_merge/speedup": fast / slow}
         publish(trainer, metrics)
         if trainer.is_global_zero:
-            rich.print(_tokens_table(handle))
+            rich.print(f"token merging in {type(handle.module).__name__}", _tokens_table(handle))
             rich.print(_summary(handle, metrics, images))
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[float, float]]:
@@ -300,8 +301,8 @@ class TokenMerging(Callback):
     def _show_probe(self, trainer: Trainer, columns: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
         if not trainer.is_global_zero:
             return
-        table = Table(title=f"validation accuracy (agreement with the unmerged model), {self.probe_batches} batches")
-        table.add_column("tokens")
+        rich.print(f"accuracy (agreement with the unmerged model) on {self.probe_batches} validation batches")
+        table = Table("tokens")
         for name in columns:
             table.add_column(name, justify="right")
         for arm in self._probed:
@@ -332,7 +333,7 @@ class TokenMerging(Callback):
             return
         images, source = enlarged(unit_range(trainer)(traced[0]), min_cell_px=112), traced[1]
         prefix = cast(MergeHandle, self._handle).backbone.prefix_indices
-        picture = tiled(torch.stack([images, merged_image(images, source, prefix_indices=prefix)]))
+        picture = tiled(torch.stack([images, merged_image(images, source, prefix_indices=prefix, border=0.5)]))
         write_png(picture, self.folder / f"merged_tokens_{trainer.global_step:06d}.png")
         write_png(picture, self.folder / "merged_tokens.png")
         log_image(trainer, "merged_tokens", picture, trainer.global_step)
@@ -382,7 +383,7 @@ def _images(batch: Any) -> Tensor | None:
 
 
 def _tokens_table(handle: MergeHandle) -> Table:
-    table = Table(title=f"token merging in {type(handle.module).__name__}")
+    table = Table()
     for name in ("block", "tokens before", "after"):
         table.add_column(name, justify="right")
     for row in handle.table():
