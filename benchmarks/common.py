@@ -6,8 +6,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +214,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What was measured, and by what."""
-    names = ("hasten", "torch", "diffusers", "torchmetrics")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """What was measured, and by what; peers where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("hasten", "torch", "diffusers", "torchmetrics", "timm", "triton", "mamba-ssm", "mambapy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str:
