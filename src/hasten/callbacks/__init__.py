@@ -3,6 +3,7 @@
 from hasten.callbacks.class_consistency import ClassConsistency
 from hasten.callbacks.distillation import Distillation
 from hasten.callbacks.ema import EMA
+from hasten.callbacks.exact_resume import ExactResume
 from hasten.callbacks.image_grid import ImageGrid
 from hasten.callbacks.progress import Progress
 from hasten.callbacks.sample_distance import SampleDistance
@@ -14,6 +15,7 @@ __all__ = [
     "EMA",
     "ClassConsistency",
     "Distillation",
+    "ExactResume",
     "ImageGrid",
     "Progress",
     "SampleDistance",

@@ -22,7 +22,8 @@ class EpochLoader:
 
     A pass over the loader is one epoch and the next pass is the next epoch, even where the last one was left early.
     The loader knows where it stands: ``state_dict`` can be read between any two batches, and after ``load_state_dict``
-    the next pass goes on with the very next batch. Lightning saves and restores this by itself.
+    the next pass goes on with the very next batch. Lightning saves and restores this by itself, except under
+    ``max_epochs`` where a schedule asks for ``estimated_stepping_batches``: then it takes ``ExactResume``.
 
     What ``dataset[index]`` draws at random from Python, NumPy or torch is a function of (seed, epoch, index): their
     global generators are seeded for each sample and put back afterwards. A dataset with a method

@@ -157,8 +157,8 @@ class Diffusion(LightningModule):
 
     def on_train_start(self) -> None:
         # Lightning seeds all ranks alike, and a resumed run as at its start: the ranks would add the same noise at the
-        # same timesteps, and a resumed run that of its own first steps again. What a resumed run draws from here on is
-        # new, but not what it would have drawn without the interruption: it is not claimed to be bit-exact.
+        # same timesteps, and a resumed run that of its own first steps again. With ExactResume it then draws what it
+        # would have drawn without the interruption; without, something new.
         if self.global_rank == self.global_step == 0:
             return
         torch.manual_seed(self._seed_from(torch.initial_seed()))
