@@ -103,7 +103,9 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, owne
 def _read(path: Path, owner: str) -> Any:
     """What the file holds; no code of it runs."""
     if not path.is_file():
-        raise ValueError(f"{owner}: checkpoint: expected a file, got {str(path)!r}, which does not exist; give its path")
+        raise ValueError(
+            f"{owner}: checkpoint: expected a file, got {str(path)!r}, which does not exist; give its path"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
