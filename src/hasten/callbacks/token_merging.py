@@ -393,7 +393,8 @@ def _tokens_table(handle: MergeHandle) -> Table:
 
 
 def _summary(handle: MergeHandle, metrics: Mapping[str, float], images: Tensor | None) -> str:
-    line = f"tokens per block x {metrics['token_merge/ratio']:.3f}"
+    attention = ", proportional attention" if handle.merging.prop_attn else ""
+    line = f"tokens per block x {metrics['token_merge/ratio']:.3f}{attention}"
     if images is None:
         return f"{line}; speed not measured, the batch holds no images (B, C, H, W)"
     flops = metrics["token_merge/flops_ratio"]

@@ -363,7 +363,7 @@ def token_counts(tokens: int, schedule: Sequence[int], *, protected: int) -> tup
         mergeable = max(left - protected, 0)
         if not 0 <= r <= mergeable // 2:
             raise ValueError(
-                f"token_counts: block {block}: expected r from 0 to {mergeable // 2}, half of the {mergeable} tokens "
+                f"token_merging: block {block}: expected r from 0 to {mergeable // 2}, half of the {mergeable} tokens "
                 f"there that may merge, got {r}; merge fewer or in fewer blocks"
             )
         left -= r
