@@ -721,7 +721,7 @@ PLAN = bipartite_soft_matching(X, 2)
         (
             lambda: token_counts(9, [2, 4], protected=1),
             ValueError,
-            "token_counts: block 1: expected r from 0 to 3, half of the 6 tokens there that may merge, got 4",
+            "token_merging: block 1: expected r from 0 to 3, half of the 6 tokens there that may merge, got 4",
         ),
         (lambda: token_counts(9, [-1], protected=1), ValueError, "block 0: expected r from 0 to 4"),
         (
