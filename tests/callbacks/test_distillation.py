@@ -560,3 +560,16 @@ def test_two_ranks_have_the_gradients_of_the_joined_batch(kind):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     mp.spawn(_rank, args=(kind, port), nprocs=2)
+
+
+def test_a_second_fit_has_a_teacher_of_its_own_and_its_checkpoint_says_so():
+    callback, hashes = Distillation(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        module = foreign()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(seed)
+        fit(module, callback)
+        hashes.append(callback.state_dict())
+    assert hashes[0] != hashes[1]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hasten.callbacks import EMA, Distillation, TokenMerging
+from hasten.callbacks.token_merging import _arms
 from hasten.errors import HastenError
 from hasten.nn import VisionMamba
 
@@ -116,11 +117,29 @@ def test_validation_alone_merges(tmp_path):
     assert module.tokens["val"] == [12, 12]
 
 
-def test_a_compiled_model_is_refused_a_long_ramp(tmp_path):
+def test_a_compiled_model_is_refused_a_ramp(tmp_path):
     module = foreign()
     module.net.compile(backend="eager")
-    with pytest.raises(HastenError, match="ramp_epochs: expected at most 6"):
-        fitted(tmp_path, TokenMerging(r=5, ramp_epochs=7), module)
+    with pytest.raises(HastenError, match="ramp_epochs: expected 0 with a compiled model"):
+        fitted(tmp_path, TokenMerging(r=5, ramp_epochs=3), module)
+    wrapped = foreign(torch.compile(tiny_vim(), backend="eager"))
+    with pytest.raises(HastenError, match="ramp_epochs: expected 0 with a compiled model"):
+        fitted(tmp_path, TokenMerging(r=5, ramp_epochs=3), wrapped)
+
+
+def test_a_compiled_model_stays_compiled_through_probe_report_and_short_batches(tmp_path):
+    module, graphs = foreign(), []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module.net.compile(backend=counting)
+    data = batches(n=10)  # the last batch is shorter
+    callback = TokenMerging(r=6, start_epoch=1, probe_batches=3)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        trainer(tmp_path, callback, max_epochs=4).fit(module, data, data)
+    assert graphs
 
 
 def prop_attn_of(vit):
@@ -153,6 +172,38 @@ def test_weights_never_trained_with_merging_are_tested_with_proportional_attenti
     callback, notes, module = TokenMerging(r=2, report=False), Notes(), foreign(tiny_vit())
     trainer(tmp_path, callback, notes).test(module, batches(), verbose=False)
     assert notes.seen == {"test": True}
+
+
+def test_weights_trained_with_merging_are_tested_so_from_their_checkpoint_too(tmp_path):
+    module = foreign(tiny_vit())
+    made = trainer(tmp_path, TokenMerging(r=2, report=False))
+    made.fit(module, batches())
+    made.save_checkpoint(tmp_path / "after.ckpt")
+    notes = Notes()
+    trainer(tmp_path, TokenMerging(r=2, report=False), notes).test(
+        foreign(tiny_vit()), batches(), ckpt_path=tmp_path / "after.ckpt", verbose=False, weights_only=True
+    )
+    assert notes.seen == {"test": False}
+
+
+def test_another_module_is_not_taken_for_the_one_that_was_trained(tmp_path):
+    callback, notes = TokenMerging(r=2, report=False), Notes()
+    trainer(tmp_path, callback).fit(foreign(tiny_vit()), batches())
+    trainer(tmp_path, callback, notes).test(foreign(tiny_vit()), batches(), verbose=False)
+    assert notes.seen == {"test": True}
+
+
+def test_training_goes_on_merging_after_a_validation_within_the_epoch(tmp_path):
+    _, module = fitted(tmp_path, TokenMerging(r=5, when="train", report=False), val_check_interval=1)
+    assert module.tokens == {"train": [12, 12], "val": [17] * 4, "test": []}
+
+
+def test_prediction_merges(tmp_path):
+    class Predicts(Foreign):
+        def predict_step(self, batch, batch_idx):
+            return self.net.forward_features(batch[0]).shape[1]
+
+    assert trainer(tmp_path, TokenMerging(r=5, report=False)).predict(Predicts(tiny_vim()), batches()) == [12, 12]
 
 
 # ---------------------------------------------------------------------- attaching
@@ -258,18 +309,79 @@ def test_the_probe_classifies_with_every_arm_before_and_after(tmp_path, capsys):
     for arm in ("unmerged", "merged", "unordered", "pruned"):
         assert f"token_merge/probe_{arm}" in made.callback_metrics
         assert arm in out
-    assert "before training" in out and "after training" in out
-    right = 0
-    with TokenMerging.attach(module, r=5):
-        for images, labels in batches():
-            right += (module.net.eval()(images).argmax(1) == labels).sum().item()
-    assert made.callback_metrics["token_merge/probe_merged"] == pytest.approx(right / 8)
+    assert "step 0" in out and "step 2" in out
+    arms = {"merged": {}, "unordered": {"preserve_order": False}, "pruned": {"reduce": "prune"}}
+    unmerged = [module.net.eval()(images).argmax(1) for images, _ in batches()]
+    for arm, options in arms.items():
+        right = agreed = 0
+        with TokenMerging.attach(module, r=5, **options):
+            for (images, labels), alone in zip(batches(), unmerged, strict=True):
+                answers = module.net(images).argmax(1)
+                right += (answers == labels).sum().item()
+                agreed += (answers == alone).sum().item()
+        assert callback._probed["step 2"][arm] == pytest.approx([right / 8, agreed / 8])
+        assert made.callback_metrics[f"token_merge/probe_{arm}"] == pytest.approx(right / 8)
 
 
 def test_the_unmerged_arm_of_the_probe_agrees_with_itself(tmp_path):
     callback = TokenMerging(r=5, probe_batches=2, report=False)
     fitted(tmp_path, callback)
-    assert callback._probed["unmerged"][1] == 1.0
+    assert callback._probed["step 0"]["unmerged"][1] == callback._probed["step 2"]["unmerged"][1] == 1.0
+
+
+def test_the_arms_of_a_probe_are_different_computations(tmp_path):
+    module = foreign()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    outputs = {}
+    images = next(iter(batches()))[0]
+    handle = TokenMerging.attach(module, r=8)
+    for name, merging in _arms(handle.merging).items():
+        with handle.using(merging):
+            outputs[name] = module.net.eval()(images)
+    handle.remove()
+    assert list(outputs) == ["unmerged", "merged", "unordered", "pruned"]
+    for one in outputs:
+        for other in outputs:
+            assert one == other or not torch.allclose(outputs[one], outputs[other])
+
+
+def test_the_probe_reads_validation_data_that_lightning_would_read_later(tmp_path):
+    callback = TokenMerging(r=5, probe_batches=2, report=False)
+    made, _ = fitted(tmp_path, callback, check_val_every_n_epoch=2, max_epochs=2)
+    assert list(callback._probed) == ["step 0", "step 4"]
+    assert 0 <= made.callback_metrics["token_merge/probe_merged"] <= 1
+
+
+def test_a_probe_without_validation_data_is_refused(tmp_path):
+    with pytest.raises(HastenError, match="probe_batches: expected validation batches, got none"):
+        fitted(tmp_path, TokenMerging(r=5, probe_batches=2), limit_val_batches=0)
+
+
+def test_a_probe_of_a_backbone_without_a_head_is_refused(tmp_path):
+    class Outside(Foreign):
+        def __init__(self):
+            super().__init__(tiny_vim(num_classes=0))
+            self.head = nn.Linear(16, 3)
+
+        def _loss(self, part, batch):
+            return F.cross_entropy(self.head(self.net(batch[0])), batch[1])
+
+    with pytest.raises(HastenError, match="probe_batches: expected a VisionMamba that classifies"):
+        fitted(tmp_path, TokenMerging(r=5, probe_batches=1), Outside())
+
+
+def test_a_probe_takes_the_first_of_several_loaders_and_converts_to_the_trainers_precision(tmp_path):
+    class Two(Foreign):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    callback = TokenMerging(r=5, probe_batches=9, report=False)
+    trainer(tmp_path, callback, precision="bf16-true").fit(
+        Two(tiny_vim()), batches(), {"a": batches(), "b": batches(4)}
+    )
+    assert list(callback._probed) == ["step 0", "step 2"]
 
 
 def test_a_probe_needs_images_and_labels(tmp_path):
@@ -280,6 +392,30 @@ def test_a_probe_needs_images_and_labels(tmp_path):
     module, data = Unlabelled(tiny_vim()), DataLoader(torch.zeros(4, 3, 32, 32), 2)
     with pytest.raises(HastenError, match=r"probe_batches: expected validation batches \(images, labels\)"):
         trainer(tmp_path, TokenMerging(r=5, probe_batches=1)).fit(module, data, data)
+
+
+def test_a_module_that_changes_its_images_is_trained_and_its_speed_not_measured(tmp_path, capsys):
+    class Resizes(Foreign):
+        def _loss(self, part, batch):
+            return super()._loss(part, (F.interpolate(batch[0], size=(32, 32)), batch[1]))
+
+    large = DataLoader(TensorDataset(torch.rand(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)), 4)
+    trainer(tmp_path, TokenMerging(r=5)).fit(Resizes(tiny_vim()), large)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "speed not measured, the backbone does not take the images of the batch" in out
+
+
+def test_a_fit_that_merges_in_evaluation_only_reports_too(tmp_path, capsys):
+    fitted(tmp_path, TokenMerging(r=5, when="eval"))
+    assert "measured" in capsys.readouterr().out
+
+
+def test_a_second_fit_reports_and_probes_anew(tmp_path):
+    callback = TokenMerging(r=5, probe_batches=1)
+    for _ in range(2):
+        made, _ = fitted(tmp_path, callback)
+        assert list(callback._probed) == ["step 0", "step 2"]
+        assert "token_merge/speedup" in made.callback_metrics
 
 
 def test_traced_tokens_become_a_picture_of_images_above_and_merged_tokens_below(tmp_path):
@@ -315,6 +451,22 @@ def test_a_run_resumes_with_the_same_merging_only(tmp_path):
                 HastenError, match=r"r: expected \[0, 0, 5, 0\] as in the checkpoint, got \[0, 0, 4, 0\]"
             ):
                 made.fit(foreign(), batches(), ckpt_path=checkpoint, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"distance": "l1"}, "distance: expected cosine as in the checkpoint, got l1"),
+        ({"reduce": "prune"}, "prune: expected False"),
+        ({"when": "train"}, "when: expected both"),
+        ({"start_epoch": 1}, "start_epoch: expected 0"),
+    ],
+)
+def test_a_run_resumes_with_nothing_else_changed(tmp_path, other, message):
+    checkpoint = saved(tmp_path, r=5)
+    made = trainer(tmp_path, TokenMerging(r=5, report=False, **other), max_epochs=2)
+    with pytest.raises(HastenError, match=message):
+        made.fit(foreign(), batches(), ckpt_path=checkpoint, weights_only=True)
 
 
 def test_a_checkpoint_loads_without_the_callback_and_one_without_it_loads_with_it(tmp_path):

@@ -695,6 +695,7 @@ PLAN = bipartite_soft_matching(X, 2)
         (lambda: merge_schedule(4, 0.5, tokens=9), ValueError, r"r: expected a fraction in \[0, 0.5\), got 0.5"),
         (lambda: merge_schedule(4, math.nan, tokens=9), ValueError, r"r: expected a fraction in \[0, 0.5\), got nan"),
         (lambda: merge_schedule(4, 0.2), ValueError, "tokens: expected the number of tokens for a fraction, got None"),
+        (lambda: merge_schedule(4, (0.25, 0.0)), TypeError, "r: expected an int, a float below 0.5, a pair"),
         (lambda: merge_schedule(4, [1] * 5), ValueError, "r: expected at most 4 entries, one a block, got 5"),
         (lambda: merge_schedule(4, [1, 2], interval=2), ValueError, "got a list; a list has one entry a block"),
         (lambda: merge_schedule(4, [1, 2], layers=[0]), ValueError, "got a list; a list has one entry a block"),

@@ -108,3 +108,19 @@ def test_bad_arguments_are_one_line(kwargs, line):
 def test_training_without_an_optimizer_is_refused():
     with pytest.raises(ValueError, match="optimizer: required to train"):
         _fit(Classification(_net(), num_classes=3))
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_mixing_takes_batches_of_any_length_and_leaves_a_single_image_alone(n):
+    module = Classification(nn.Flatten(), num_classes=4, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    images, labels = torch.rand(n, 1, 4, 4), torch.arange(n) % 4
+    kept = images.clone()
+    mixed, targets = module._mixed(images, labels)
+    assert mixed.shape == images.shape and targets.shape == (n, 4)
+    assert torch.equal(images, kept)
+    torch.testing.assert_close(targets.sum(1), torch.ones(n))
+    if n % 2:
+        assert torch.equal(mixed[-1], images[-1])
+        smoothed = torch.full((4,), 0.1 / 4)
+        smoothed[labels[-1]] += 0.9
+        torch.testing.assert_close(targets[-1], smoothed)

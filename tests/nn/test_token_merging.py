@@ -706,3 +706,22 @@ def _rank(rank, first, folder):
 @pytest.mark.parametrize("first", ["ddp", "shard", "attach"])
 def test_two_ranks_have_the_gradients_of_the_joined_batch(first, tmp_path):
     mp.spawn(_rank, args=(first, str(tmp_path)), nprocs=2)
+
+
+def test_a_vits_trace_of_pruned_tokens_leaves_out_what_was_dropped():
+    model = vit()
+    with attach_token_merging(model, r=3, reduce="prune", trace_source=True) as handle:
+        model(images(model))
+        source = handle.backbone.token_source
+    assert source.shape == (3, 17 - 9, 17)
+    assert torch.equal(source.sum(2), torch.ones(3, 8))  # each token is itself alone
+
+
+@pytest.mark.parametrize("make", [vit, lambda: VisionMamba(64, depth=4, embed_dim=16, num_classes=5)])
+def test_only_evaluation_is_traced(make):
+    model = make()
+    with attach_token_merging(model, r=2, trace_source=True) as handle:
+        model.train()(images(model))
+        assert handle.backbone.token_source is None
+        model.eval()(images(model))
+        assert handle.backbone.token_source is not None

@@ -390,7 +390,7 @@ def _load(network: nn.Module, path: Path, *, prefix: str) -> None:
     wanted = network.state_dict()
     try:
         wrappers = (prefix, "module.", "_orig_mod.")
-        state, _ = read_weights(path, wanted, owner="distillation: teacher", kinds=("state_dict",), wrappers=wrappers)
+        state, _ = read_weights(path, wanted, owner="distillation: teacher", wrappers=wrappers)
         check_fit(state, wanted, owner="distillation: teacher", path=path)
     except ValueError as error:
         raise HastenError(str(error)) from error

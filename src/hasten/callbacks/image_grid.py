@@ -137,6 +137,7 @@ def write_png(image: Tensor, path: Path) -> None:
 
 
 def log_image(trainer: Trainer, name: str, image: Tensor, step: int) -> None:
+    """Log (3, height, width) in [0, 1] as ``pictures/<name>`` where the logger takes images."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             # as bytes: of a float tensor wandb would stretch the contrast

@@ -5,6 +5,7 @@ merges is said here, at the start of every epoch and of every validation, test a
 measured on the first batch that merges, and on ``probe_batches`` of the validation data.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -17,17 +18,16 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hasten.callbacks._sampling import publish, sampling, unit_range
 from hasten.callbacks.image_grid import enlarged, log_image, tiled, write_png
-from hasten.errors import HastenError
+from hasten.errors import HastenError, on_one_line
 from hasten.functional import merged_image
 from hasten.nn import MergeHandle, MergeOptions, Merging, attach_token_merging
 
 _WHEN = ("train", "eval", "both")
-_GRAPHS = 6  # torch.compile gives up on a module after eight, and evaluation needs some of its own
 _PICTURES = 8
 
 
@@ -38,8 +38,8 @@ class TokenMerging(Callback):
     weights make up for most of what it costs; ``Distillation`` beside it lets the unmerged model teach. The model keeps
     its classes, weights and state_dict, and is after the fit, or an exception, as it was found.
 
-    At the first batch that merges it prints the tokens, the FLOPs and the measured speed of the model with and without
-    merging, and logs ``token_merge/ratio`` (tokens per block, merged / unmerged), ``token_merge/tokens_last``,
+    At the first batch that merges it prints the tokens, the FLOPs and the measured speed of the backbone with and
+    without merging, and logs ``token_merge/ratio`` (tokens per block, merged / unmerged), ``token_merge/tokens_last``,
     ``token_merge/flops_ratio`` and ``token_merge/speedup``.
 
     Args:
@@ -48,7 +48,7 @@ class TokenMerging(Callback):
         target: where in the module the backbone is, a dotted path; None: the only one it holds.
         when: "train", "eval" (validation, test, prediction) or "both".
         start_epoch: the epoch of a fit at whose start merging begins, >= 0.
-        ramp_epochs: over so many epochs r grows from 0, >= 0; a compiled model takes at most 6.
+        ramp_epochs: over so many epochs r grows from 0, >= 0; not with a compiled model.
         probe_batches: so many validation batches (images, labels) are classified when merging begins and when the fit
             ends: without merging, merged, merged out of order (Vim) and pruned. Logs ``token_merge/probe_<arm>``, the
             accuracy, and prints a table with the share of images on which an arm and the unmerged model agree.
@@ -121,20 +121,25 @@ class TokenMerging(Callback):
         self.report = report
         self.folder = None if folder is None else Path(folder)
         self._handle: MergeHandle | None = None
-        self._trained = False  # whether the weights have been trained with merging on
+        self._module: weakref.ref[LightningModule] | None = None  # the last one served
+        self._trained = False  # whether its weights have been trained with merging on
+        self._record: dict[str, Any] = {}  # what a checkpoint says of this fit; outlives the handle
         self._resumed: Mapping[str, Any] | None = None
         self._reported = False
-        self._probed: dict[str, tuple[float, float]] = {}  # when merging began
+        self._probed: dict[str, _Probe] = {}  # optimizer step -> what was found there
         self._traced: tuple[Tensor, Tensor] | None = None  # images and sources of this validation's first batch
 
     # ------------------------------------------------------------------ attaching
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # the test after a fit has nothing new to report
-            self._reported, self._probed, self._resumed = False, {}, None
-        # a backbone that configure_model builds is not there yet; _attached complains if it never comes
-        with suppress(ValueError):
-            self._attach(pl_module, stage)
+        if stage == "fit" or self._module is None or self._module() is not pl_module:
+            self._trained, self._resumed, self._record = False, None, {}
+            self._reported, self._probed = False, {}
+            self._module = weakref.ref(pl_module)
+        if stage == "fit":
+            # a backbone that configure_model builds is not there yet; _attached complains if it never comes
+            with suppress(ValueError):
+                self._attach(pl_module, retrained=self.when != "eval")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -142,17 +147,18 @@ class TokenMerging(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
 
-    def _attach(self, pl_module: LightningModule, stage: str) -> None:
+    def _attach(self, pl_module: LightningModule, *, retrained: bool) -> None:
         if self._handle is None:
-            # weights that were, or are now, trained with merging on are evaluated as they were trained
-            retrained = self.when != "eval" if stage == "fit" else self._trained
             self._handle = MergeHandle(pl_module, self.options, target=self.target, retrained=retrained)
             self._handle.set(None)
 
     def _attached(self, trainer: Trainer, pl_module: LightningModule) -> MergeHandle:
         """The handle, whose backbone must be there by now."""
+        # weights that were, or are now, trained with merging on are evaluated as they were trained: outside of a fit
+        # only now, when the state of a checkpoint has been read
+        retrained = self.when != "eval" if trainer.state.fn == "fit" else self._trained
         try:
-            self._attach(pl_module, cast(str, trainer.state.fn))
+            self._attach(pl_module, retrained=retrained)
         except ValueError as error:
             raise HastenError(str(error)) from error
         return cast(MergeHandle, self._handle)
@@ -166,12 +172,24 @@ class TokenMerging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         handle = self._attached(trainer, pl_module)
-        if self.ramp_epochs > _GRAPHS and any(m._compiled_call_impl is not None for m in pl_module.modules()):
+        if self.ramp_epochs and any(map(_is_compiled, pl_module.modules())):
+            # torch.compile gives up on a function after eight graphs, and each r takes two to four
             raise HastenError(
-                f"token_merging: ramp_epochs: expected at most {_GRAPHS} with a compiled model, which is compiled for "
-                f"each r, got {self.ramp_epochs}"
+                f"token_merging: ramp_epochs: expected 0 with a compiled model, which is compiled anew for each r, got "
+                f"{self.ramp_epochs}; leave one of the two"
             )
-        self._check_resumed(handle.merging)
+        self._record = _plain(handle.merging) | {
+            "when": self.when,
+            "start_epoch": self.start_epoch,
+            "ramp_epochs": self.ramp_epochs,
+        }
+        for name, here in self._record.items():
+            saved = here if self._resumed is None else self._resumed.get(name)
+            if saved != here:
+                raise HastenError(
+                    f"token_merging: {name}: expected {saved} as in the checkpoint, got {here}; resume as the run "
+                    "began, or start a new one from its weights"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set(trainer, training=True)
@@ -179,8 +197,7 @@ class TokenMerging(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set(trainer, training=True)
         if self.probe_batches and not self._probed and trainer.current_epoch >= self.start_epoch:
-            self._probed = self._probe(trainer, pl_module)
-            self._show_probe(trainer, {"before training": self._probed})
+            self._probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if cast(MergeHandle, self._handle).active is not None:
@@ -189,7 +206,7 @@ class TokenMerging(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._probed:
-            self._show_probe(trainer, {"before": self._probed, "after training": self._probe(trainer, pl_module)})
+            self._probe(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attached(trainer, pl_module)
@@ -214,13 +231,10 @@ class TokenMerging(Callback):
 
     def _now(self, trainer: Trainer, merging: Merging) -> Merging | None:
         """What merges in this epoch of a fit, and in full beyond a fit."""
-        if trainer.state.fn != "fit":
-            return merging
         epochs = trainer.current_epoch - self.start_epoch
-        if epochs < 0:
-            return None
-        if epochs < self.ramp_epochs:
-            merging = replace(merging, r=tuple(n * epochs // self.ramp_epochs for n in merging.r))
+        if trainer.state.fn == "fit" and epochs < self.ramp_epochs:
+            share = max(epochs, 0), self.ramp_epochs or 1
+            merging = replace(merging, r=tuple(n * share[0] // share[1] for n in merging.r))
         return merging if merging.removed else None
 
     # ------------------------------------------------------------------ what it brings
@@ -228,8 +242,7 @@ class TokenMerging(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn != "fit":
-            self._measure(trainer, pl_module, batch)
+        self._measure(trainer, pl_module, batch)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -250,65 +263,71 @@ class TokenMerging(Callback):
         table = handle.table()
         ratio = sum(row.after for row in table) / (len(table) * table[0].before)
         metrics = {"token_merge/ratio": ratio, "token_merge/tokens_last": float(table[-1].after)}
-        images = _images(batch)
+        images, obstacle = _images(batch), "the batch holds no images (B, C, H, W)"
         if images is not None:
-            # on every process, though one prints: a sharded model runs together or not at all
-            with sampling(trainer, pl_module):
-                plain, merged = handle.flops(images)
-                slow, fast = handle.throughput(images, repeats=3)
-            metrics |= {"token_merge/flops_ratio": merged / plain, "token_merge/speedup": fast / slow}
+            # on every process, though one prints: a sharded module runs together or not at all
+            with sampling(trainer, pl_module), torch.compiler.set_stance("force_eager"):
+                try:
+                    (plain, merged), (slow, fast) = handle.flops(images), handle.throughput(images, repeats=3)
+                    metrics |= {"token_merge/flops_ratio": merged / plain, "token_merge/speedup": fast / slow}
+                except Exception as error:  # what the module does to a batch before its backbone is not known here
+                    obstacle = f"the backbone does not take the images of the batch: {on_one_line(error)}"
         publish(trainer, metrics)
         if trainer.is_global_zero:
             rich.print(f"token merging in {type(handle.module).__name__}", _tokens_table(handle))
-            rich.print(_summary(handle, metrics, images))
+            rich.print(_summary(handle, metrics, images, obstacle))
 
-    def _probe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, tuple[float, float]]:
-        """Arm -> top-1 accuracy and agreement with the unmerged model, on the same validation batches."""
+    def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Classify the same validation batches with every arm, publish the accuracies and print all probes so far."""
         handle = cast(MergeHandle, self._handle)
+        if getattr(handle.module, "num_classes", None) == 0:
+            raise HastenError(
+                f"token_merging: probe_batches: expected a {type(handle.module).__name__} that classifies, got one "
+                "without a head; say probe_batches=0"
+            )
         arms = _arms(handle.merging)
         right_and_agreed = torch.zeros(len(arms), 2, device=pl_module.device)
-        images_seen = torch.zeros((), device=pl_module.device)
-        with sampling(trainer, pl_module):
+        seen = torch.zeros((), device=pl_module.device)
+        # without compilation: its graphs would count against those of the training
+        with sampling(trainer, pl_module), torch.compiler.set_stance("force_eager"):
             for images, labels in self._labelled(trainer):
-                images_seen += len(labels)
+                seen += len(labels)
                 unmerged = None
                 for row, merging in zip(right_and_agreed, arms.values(), strict=True):
                     with handle.using(merging):
-                        answers = handle.module(images).argmax(-1)
+                        answers = _classes(handle.module(images), labels)
                     unmerged = answers if unmerged is None else unmerged  # the first arm
                     row += torch.stack([(answers == labels).sum(), (answers == unmerged).sum()])
-        right_and_agreed, images_seen = (
-            cast(Tensor, trainer.strategy.reduce(count, reduce_op="sum")) for count in (right_and_agreed, images_seen)
+        right_and_agreed, seen = (
+            cast(Tensor, trainer.strategy.reduce(count, reduce_op="sum")) for count in (right_and_agreed, seen)
         )
-        shares = right_and_agreed / images_seen
-        found = {name: (accuracy, agreed) for name, (accuracy, agreed) in zip(arms, shares.tolist(), strict=True)}
-        publish(trainer, {f"token_merge/probe_{name}": accuracy for name, (accuracy, _) in found.items()})
-        return found
+        shares = (right_and_agreed / seen).tolist()
+        publish(trainer, {f"token_merge/probe_{name}": acc for name, (acc, _) in zip(arms, shares, strict=True)})
+        self._probed[f"step {trainer.global_step}"] = dict(zip(arms, shares, strict=True))
+        if trainer.is_global_zero:
+            rich.print(f"accuracy (agreement with the unmerged model) on {int(seen)} validation images")
+            rich.print(_probe_table(self._probed))
 
     def _labelled(self, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
-        """``probe_batches`` batches of the validation data on the device."""
-        loaders = trainer.val_dataloaders
-        loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
-        for batch in islice(loader or (), self.probe_batches):
-            batch = trainer.strategy.batch_to_device(batch)
+        """``probe_batches`` batches of the first validation data on the device, ready for the backbone."""
+        if trainer.val_dataloaders is None:  # read later where the first validation is not in this epoch
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+        loaders = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
+        if not loaders:
+            raise HastenError(
+                "token_merging: probe_batches: expected validation batches, got none; say probe_batches=0, or allow "
+                "for validation"
+            )
+        for batch in islice(loaders[0], self.probe_batches):
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
                 raise HastenError(
                     f"token_merging: probe_batches: expected validation batches (images, labels), got "
                     f"{type(batch).__name__}; say probe_batches=0"
                 )
             yield batch[0], batch[1]
-
-    def _show_probe(self, trainer: Trainer, columns: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
-        if not trainer.is_global_zero:
-            return
-        rich.print(f"accuracy (agreement with the unmerged model) on {self.probe_batches} validation batches")
-        table = Table("tokens")
-        for name in columns:
-            table.add_column(name, justify="right")
-        for arm in self._probed:
-            cells = (column[arm] for column in columns.values())
-            table.add_row(arm, *(f"{100 * accuracy:.1f} % ({100 * agreed:.0f} %)" for accuracy, agreed in cells))
-        rich.print(table)
 
     # ------------------------------------------------------------------ pictures
 
@@ -341,24 +360,16 @@ class TokenMerging(Callback):
     # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """What merged, to tell a resumed run that merges otherwise."""
-        if self._handle is None:
-            return {}
-        return {"merging": _plain(self._handle.merging), "trained": self._trained}
+        """How this fit merges, to tell a resumed run that merges otherwise; and whether the weights are used to it."""
+        return {"merging": self._record, "trained": self._trained} if self._record else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._trained = state_dict.get("trained", False)
         self._resumed = state_dict.get("merging")
 
-    def _check_resumed(self, merging: Merging) -> None:
-        here = _plain(merging)
-        saved = here if self._resumed is None else self._resumed
-        for name in here:
-            if saved.get(name) != here[name]:
-                raise HastenError(
-                    f"token_merging: {name}: expected {saved.get(name)} as in the checkpoint, got {here[name]}; resume "
-                    "as the run began, or start a new one from its weights"
-                )
+
+_Probe = dict[str, list[float]]
+"""Arm -> accuracy and agreement with the unmerged model."""
 
 
 def _plain(merging: Merging) -> dict[str, Any]:
@@ -392,13 +403,39 @@ def _tokens_table(handle: MergeHandle) -> Table:
     return table
 
 
-def _summary(handle: MergeHandle, metrics: Mapping[str, float], images: Tensor | None) -> str:
+def _summary(handle: MergeHandle, metrics: Mapping[str, float], images: Tensor | None, obstacle: str) -> str:
     attention = ", proportional attention" if handle.merging.prop_attn else ""
     line = f"tokens per block x {metrics['token_merge/ratio']:.3f}{attention}"
-    if images is None:
-        return f"{line}; speed not measured, the batch holds no images (B, C, H, W)"
+    if images is None or "token_merge/speedup" not in metrics:
+        return f"{line}; speed not measured, {obstacle}"
     flops = metrics["token_merge/flops_ratio"]
     return (
         f"{line}, FLOPs x {flops:.3f} (a speed-up of {1 / flops:.2f} by arithmetic), measured "
         f"{metrics['token_merge/speedup']:.2f}: forward, batch {len(images)}, {images.device.type}"
     )
+
+
+def _probe_table(probed: Mapping[str, _Probe]) -> Table:
+    """A row an arm, a column a probe."""
+    table = Table("tokens")
+    for step in probed:
+        table.add_column(step, justify="right")
+    for arm in next(iter(probed.values())):
+        cells = (probe[arm] for probe in probed.values())
+        table.add_row(arm, *(f"{100 * accuracy:.1f} % ({100 * agreed:.0f} %)" for accuracy, agreed in cells))
+    return table
+
+
+def _classes(logits: Any, labels: Tensor) -> Tensor:
+    """The class that each image is given, (B, K) -> (B,)."""
+    if not (isinstance(logits, Tensor) and logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point()):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise HastenError(
+            f"token_merging: probe_batches: expected logits (B, K) of the backbone and labels (B,), got {shape} and "
+            f"{tuple(labels.shape)}; say probe_batches=0"
+        )
+    return logits.argmax(-1)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

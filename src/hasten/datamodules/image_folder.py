@@ -109,7 +109,7 @@ class ImageFolder(ImageDataModule):
     def _squared(self, image: Image.Image) -> Tensor:
         """The whole of the shorter side, the middle of the longer one, in the range of the model."""
         size = self.image_shape[1]
-        square = v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
+        square = v2.CenterCrop(size)(v2.Resize(size)(image))
         return self.normalize(v2.functional.pil_to_tensor(square).float() / 255)
 
     def _folders(self, part: str) -> list[str]:

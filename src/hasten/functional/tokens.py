@@ -322,7 +322,7 @@ def merge_schedule(
         return _fractions(depth, r, merging, tokens, protected)
     if _is_count(r):
         counts = dict.fromkeys(merging, r)
-    elif _is_pair(r):
+    elif _is_pair(r) and _is_count(r[0]):
         counts = dict(zip(merging, _inflected(*r, len(merging)), strict=True))
     elif _is_list(r):
         if len(r) > depth:

@@ -1,7 +1,8 @@
 """Classification: the plain recipe that methods attach to, images (B, C, H, W) -> class logits (B, K)."""
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
@@ -12,6 +13,9 @@ from hasten.nn.protocols import LossTerm
 from hasten.nn.sharding import shard
 from hasten.optim import configure_optimizers, parameter_groups
 from hasten.optim.build import OptimizerFactory, SchedulerFactory
+
+if TYPE_CHECKING:
+    from timm.data.mixup import Mixup
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W) float32 and labels (B,) int64."""
@@ -84,9 +88,8 @@ class Classification(LightningModule):
         if self.mix is None:
             targets, smoothing = labels, self.label_smoothing
         else:
-            # timm mixes in place: the loader may hold on to its images
-            images, targets = self.mix(images.clone(), labels)
-            smoothing = 0.0  # timm smooths the mixed targets itself
+            images, targets = self._mixed(images, labels)
+            smoothing = 0.0  # the mixed targets are smoothed already
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         for name, term in self.loss_terms.items():
@@ -115,6 +118,19 @@ class Classification(LightningModule):
             self.scheduler,
             total_steps=lambda: cast(int, self.trainer.estimated_stepping_batches),
         )
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> Batch:
+        """Mixed images and their soft targets (B, K); timm mixes pairs, so the last image of an odd batch stays."""
+        from timm.data.mixup import mixup_target  # noqa: PLC0415 - imported with the Mixup that is used here
+
+        mix = cast("Mixup", self.mix)
+        pairs = len(labels) // 2 * 2
+        # timm mixes in place: the loader may hold on to its images
+        mixed, targets = mix(images[:pairs].clone(), labels[:pairs])
+        if pairs == len(labels):
+            return mixed, targets
+        last = mixup_target(labels[pairs:], mix.num_classes, smoothing=self.label_smoothing)
+        return torch.cat([mixed, images[pairs:]]), torch.cat([targets, last])
 
     def _evaluate(self, split: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
         images, labels = batch

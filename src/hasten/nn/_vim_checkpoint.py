@@ -43,7 +43,7 @@ def load_checkpoint(model: "VisionMamba", source: str | Path) -> None:
     head = state.get("head.weight")
     classes = 0 if head is None else len(head)
     if classes != model.num_classes:
-        log.info(
+        log.warning(
             "vim: %s is for %d classes, the model for %d: its classifier stays fresh", path, classes, model.num_classes
         )
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
@@ -75,8 +75,9 @@ def _hub_file(source: str) -> Path:
 def _resample(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Positions (1, M + 1, C) of a square grid for another, (1, M' + 1, C), the class token in the middle of both."""
     patches, new_patches = pos_embed.shape[1] - 1, grid[0] * grid[1]
-    if patches == new_patches or math.isqrt(patches) ** 2 != patches:
-        return pos_embed  # as many patches: the same grid; no square: refused for its shape
+    side = math.isqrt(patches)
+    if grid == (side, side) or side**2 != patches:
+        return pos_embed  # the same grid; or none that could be told, then its shape decides
     # timm takes the class token from the front; left in the middle it would be resampled as a patch
     before, cls, after = pos_embed.split((patches // 2, 1, patches - patches // 2), dim=1)
     pos_embed = resample_abs_pos_embed(torch.cat((cls, before, after), dim=1), list(grid))

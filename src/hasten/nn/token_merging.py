@@ -296,7 +296,7 @@ class MergeHandle:
 
     def flops(self, example: Tensor) -> tuple[int, int]:
         """Floating point operations of a forward, two for a multiplication with addition, without and with merging."""
-        return self._flops(example, None), self._flops(example, self.merging)
+        return self._flops(example, None), self._flops(example, self._untraced)
 
     def _flops(self, example: Tensor, merging: Merging | None) -> int:
         # as plain matmuls attention counts the same on every device
@@ -312,7 +312,7 @@ class MergeHandle:
         """Images per second of a forward, without and with merging; measured in turns, the median of ``repeats``."""
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats + 1):
-            for merging, runs in zip((None, self.merging), seconds, strict=True):
+            for merging, runs in zip((None, self._untraced), seconds, strict=True):
                 with self._evaluating(merging):
                     _synchronize(example)
                     start = time.perf_counter()
@@ -324,8 +324,13 @@ class MergeHandle:
 
     def export(self, example: Tensor) -> torch.export.ExportedProgram:
         """The merging backbone in eval mode as one graph, with r and the shape of the example baked in."""
-        with self._evaluating(replace(self.merging, trace_source=False)):
+        with self._evaluating(self._untraced):
             return torch.export.export(self.module, (example,))
+
+    @property
+    def _untraced(self) -> Merging:
+        """What was attached, without what is for pictures only."""
+        return replace(self.merging, trace_source=False)
 
     @contextmanager
     def _evaluating(self, merging: Merging | None) -> Iterator[None]:

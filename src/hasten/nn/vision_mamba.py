@@ -157,7 +157,7 @@ class VisionMamba(nn.Module):
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor | int | None]:
         """The normalized tokens (B, N', C), and where the class token is among them."""
-        merging = self._merging
+        merging, traced = self._merging, self._merging.trace_source and not self.training
         hidden = self._embed(images)
         residual = sizes = metric = source = None
         cls_index: Tensor | int | None = self.prefix_indices[0]
@@ -169,13 +169,13 @@ class VisionMamba(nn.Module):
                 # R-MeeTo merges both summands; merging is linear, so merging their sum once is the same
                 residual, sizes = merge_weighted(residual, sizes, plan, drop=merging.prune)
                 cls_index = plan.new_cls_index
-                source = merge_source(source, plan, drop=merging.prune) if merging.trace_source else None
+                source = merge_source(source, plan, drop=merging.prune) if traced else None
             wanted = merging.metric if any(merging.r[i + 1 : i + 2]) else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 hidden, metric = recompute(layer, residual, wanted, use_reentrant=False)
             else:
                 hidden, metric = layer(residual, wanted)
-        if merging.trace_source:
+        if traced:
             self.token_source = source
         residual = residual + self.drop_path(hidden)
         return self.norm_f(residual.to(self.norm_f.weight.dtype)), cls_index

@@ -24,7 +24,8 @@ def timm_model(model_name: str, *, checkpoint: str | Path | None = None, **argum
 
     Args:
         model_name: as in ``timm.list_models()``.
-        checkpoint: of a LightningModule that keeps the network as ``model``, or a state_dict, or .safetensors.
+        checkpoint: of a LightningModule that keeps the network as ``model``, a state_dict, or .safetensors; of one
+            that holds averaged weights too, the others are taken.
         arguments: of ``timm.create_model``.
 
     Raises:
@@ -85,6 +86,12 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, owne
     Raises:
         ValueError: where not, in one line with the first few names.
     """
+    if not state.keys() & wanted.keys():
+        found = ", ".join(list(state)[:_SHOWN]) or "no tensors"
+        raise ValueError(
+            f"{owner}: checkpoint: expected names such as {next(iter(wanted))} in {path}, got {found}; give a "
+            "checkpoint of this model"
+        )
     problems = [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
         for name, value in wanted.items()
