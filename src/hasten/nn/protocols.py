@@ -1,11 +1,12 @@
 """Where modules and callbacks meet: what one side offers and the other asks for. Typing only, nothing runs here."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
+    from hasten.nn.hypernet.inputs import InputEncoding
     from hasten.nn.token_merging import Merging
 
 LossTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -70,4 +71,25 @@ class SupportsTokenMerging(Protocol):
         Raises:
             ValueError: for a metric the backbone does not have, or an r that leaves too few tokens; names the block.
         """
+        ...
+
+
+class GeneratesWeights(Protocol):
+    """A module whose parameters, or some of them, depend on named inputs; a hypernetwork.
+
+    Ask for callable ``delta`` and ``generate``: isinstance, from Python 3.12 on, does not see the children of an
+    nn.Module.
+    """
+
+    encoding: "InputEncoding"
+    """Its ``inputs`` say what may be asked for: name -> Range or Choice."""
+    hyper: nn.Module
+    """The network that generates."""
+
+    def delta(self, **inputs: Any) -> dict[str, Tensor]:
+        """What is added to the parameters, by name, for one value of each input."""
+        ...
+
+    def generate(self, **inputs: Any) -> dict[str, Tensor]:
+        """The parameters themselves, likewise."""
         ...
