@@ -5,6 +5,7 @@ from hasten.callbacks.distillation import Distillation
 from hasten.callbacks.ema import EMA
 from hasten.callbacks.exact_resume import ExactResume
 from hasten.callbacks.image_grid import ImageGrid
+from hasten.callbacks.magnitude_probe import MagnitudeProbe
 from hasten.callbacks.progress import Progress
 from hasten.callbacks.sample_distance import SampleDistance
 from hasten.callbacks.throughput import Throughput
@@ -17,6 +18,7 @@ __all__ = [
     "Distillation",
     "ExactResume",
     "ImageGrid",
+    "MagnitudeProbe",
     "Progress",
     "SampleDistance",
     "Throughput",
