@@ -94,6 +94,16 @@ def test_every_validation_but_the_sanity_check_leaves_a_line_of_its_own_metrics(
     assert [line for line in lines if line.startswith("step")] == wanted
 
 
+def test_the_line_of_a_validation_leaves_out_the_points_of_a_curve():
+    class Curve(Foreign):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val/loss@angle=90", 0.5)
+
+    text = fit(Curve(), terminal=False, val=loader())
+    assert "@" not in text and "val/mse 0.1235" in text
+
+
 def test_without_a_terminal_there_are_lines_and_no_bar():
     text = fit(foreign(), terminal=False, val=loader())
     assert "\x1b" not in text

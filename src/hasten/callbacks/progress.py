@@ -96,7 +96,9 @@ class Progress(ProgressBar):
             return
         if self._bar is not None:
             self._bar.update(self._task, description="train")
-        if metrics := trainer._logger_connector.metrics["callback"]:  # this validation's, without the training's
+        metrics = trainer._logger_connector.metrics["callback"]  # this validation's, without the training's
+        # one line holds no curves: val/loss@angle=90 and its like are for loggers
+        if metrics := {name: value for name, value in metrics.items() if "@" not in name}:
             width = len(str(self._total or 0))
             self._print(f"step {trainer.global_step:{width}d}   {_line(metrics)}")
 
