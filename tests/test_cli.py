@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hasten.cli import main
+from hasten.nn import vim
 
 QUICK = ["experiment=classify_digits", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
 
@@ -264,3 +265,14 @@ def test_a_failure_in_the_middle_is_recorded_in_the_run_folder(capsys):
     (folder,) = Path("runs/classify_digits").iterdir()
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     assert "Traceback" in (folder / "traceback.txt").read_text()
+
+
+def test_a_run_says_which_weights_it_started_from(capsys):
+    tiny = ["experiment=rmeeto_digits", "first=[]", "model.depth=4", "model.embed_dim=16", "trainer.max_epochs=1",
+            "callbacks.token_merging.r=8", "trainer.limit_train_batches=2"]  # fmt: skip
+    sizes = {"img_size": 16, "patch_size": 2, "embed_dim": 16, "d_state": 8, "in_chans": 1, "num_classes": 7}
+    torch.save(vim(depth=4, **sizes).state_dict(), "seven.pt")
+    assert main([*tiny, "model.checkpoint=seven.pt"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "seven.pt is for 7 classes, the model for 10: its classifier stays fresh" in out
+    assert "vim: loaded weights of seven.pt" in out

@@ -158,11 +158,16 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
+    from rich.logging import RichHandler
 
     from hasten.run import named, run
 
-    # Lightning's INFO lines tell of devices and tips, not of the run
+    # Lightning's INFO lines tell of devices and tips, not of the run; ours of weights loaded and kernels chosen
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    own = logging.getLogger("hasten")
+    if not own.handlers:
+        own.addHandler(RichHandler(show_time=False, show_level=False, show_path=False))  # goes well with a live bar
+        own.setLevel(logging.INFO)
     # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
