@@ -148,8 +148,12 @@ def test_the_module_of_an_experiment_trains_in_its_tiny_form(name):
         assert module.generate(2).shape == (2, cfg.image.channels, cfg.image.size, cfg.image.size)
 
 
+# a stage of another one runs in full with that
+STAGES = {stage for name in DIGITS for stage in compose([f"experiment={name}"]).first}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DIGITS)
+@pytest.mark.parametrize("name", sorted(set(DIGITS) - STAGES))
 def test_a_digits_experiment_runs_in_full(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(compose([f"experiment={name}"])).metrics
