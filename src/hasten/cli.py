@@ -158,16 +158,11 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
-    from rich.logging import RichHandler
 
     from hasten.run import named, run
 
-    # Lightning's INFO lines tell of devices and tips, not of the run; ours of weights loaded and kernels chosen
+    # Lightning's INFO lines tell of devices and tips, not of the run
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    own = logging.getLogger("hasten")
-    if not own.handlers:
-        own.addHandler(RichHandler(show_time=False, show_level=False, show_path=False))  # goes well with a live bar
-        own.setLevel(logging.INFO)
     # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
@@ -186,10 +181,27 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
                 "--multirun: expected one process a job, got several (trainer.strategy or trainer.devices); "
                 "start the jobs one by one"
             )
-    result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), [*paths, *words]), sweep=sweep)
+    with _own_log():
+        result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), [*paths, *words]), sweep=sweep)
     if result.trainer.is_global_zero:
         _print_result(result)
     return result.metrics.get(cfg.objective.metric)
+
+
+@contextmanager
+def _own_log() -> Iterator[None]:
+    """Print what hasten notes of a run: which weights it loaded, which kernel scans."""
+    from rich.logging import RichHandler
+
+    log, handler = logging.getLogger("hasten"), RichHandler(show_time=False, show_level=False, show_path=False)
+    level = log.level
+    log.addHandler(handler)  # rich's, which goes well with a live bar
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _print_result(result: "Result") -> None:
