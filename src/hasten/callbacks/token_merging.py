@@ -275,7 +275,7 @@ class TokenMerging(Callback):
         publish(trainer, metrics)
         if trainer.is_global_zero:
             rich.print(f"token merging in {type(handle.module).__name__}", _tokens_table(handle))
-            rich.print(_summary(handle, metrics, images, obstacle))
+            rich.get_console().print(_summary(handle, metrics, images, obstacle), soft_wrap=True)
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Classify the same validation batches with every arm, publish the accuracies and print all probes so far."""
