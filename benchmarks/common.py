@@ -1,4 +1,4 @@
-"""What benchmarks share: images, a feature net and its Frechet distance, the facts of a machine, result files."""
+"""What benchmarks share: images, a feature net and its Frechet distance, facts of the machine, result files, a bar."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -251,6 +252,12 @@ def result_path(options: argparse.Namespace, name: str) -> Path:
 def command(script: str, arguments: Iterable[str]) -> str:
     """The command line as another person would type it: folders by their last name."""
     return " ".join(["python", f"benchmarks/{Path(script).name}", *(Path(word).name or word for word in arguments)])
+
+
+def progress_bar() -> Progress:
+    """Steps done, and the time left."""
+    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -38,8 +38,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Results, argument_parser, command, load_images, markdown_table, result_path, to_float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from common import Results, argument_parser, command, load_images, markdown_table, progress_bar, result_path, to_float
 from torch import Generator, Tensor, nn
 
 from hasten.formats import whole_file
@@ -322,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (variant, optimizer, seed) for seed, optimizer, variant in product(options.seeds, OPTIMIZERS, options.variants)
     ]
     missing = [run for run in wanted if run not in done]
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("runs", total=len(missing))
         for row in _measured(missing, sizes, options.workers):
             results.add(row)
@@ -345,11 +344,6 @@ def _measured(missing: Iterable[tuple[str, str, int]], sizes: Sizes, workers: in
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _progress() -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def _names(text: str) -> list[str]:

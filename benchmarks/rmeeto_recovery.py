@@ -50,11 +50,11 @@ from common import (
     load_images,
     markdown_table,
     mirrored,
+    progress_bar,
     reduced_precision,
     result_path,
     to_float,
 )
-from speed import progress_bar
 from torch import Tensor
 
 from hasten.callbacks.sample_distance import weight_hash

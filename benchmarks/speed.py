@@ -40,13 +40,13 @@ from common import (
     load_images,
     markdown_table,
     mirrored,
+    progress_bar,
     reduced_precision,
     result_path,
     to_float,
     train_classifier,
 )
 from diffusers import DDPMScheduler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from hasten.callbacks import EMA
@@ -619,12 +619,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     *_, error, distance = rows
     arm, seed = error["arm"], error["seed"]
     return f"{arm}, seed {seed}: val/mse {error['value']:.4f}, {distance['claim']} {distance['value']:.3g}"
-
-
-def progress_bar() -> Progress:
-    """Steps done, and the time left."""
-    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
 
 
 def _samplers(arms: Sequence[str]) -> dict[str, TimestepSampler]:
