@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Subset
 
 from hasten.cli import main
+from hasten.errors import HastenError
 from hasten.nn import vim
 
 QUICK = ["experiment=classify_digits", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
@@ -138,19 +141,89 @@ def test_two_processes_share_one_run_folder():
     assert done.stdout.count("final metrics") == 1
 
 
+# ------------------------------------------------------------------ tasks and wrapped data
+
+
+def write_sum(folder: Path, *, data, wrong: bool = False) -> dict[str, float]:
+    """A task: a file and a number about the data."""
+    if wrong:
+        raise HastenError("data: no sum today")
+    (folder / "sum.txt").write_text("written")
+    return {"sum": float(sum(labels.sum() for _, labels in data.test_dataloader()))}
+
+
+class FirstHundred(LightningDataModule):
+    """Another datamodule's first hundred training images."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def train_dataloader(self):
+        return DataLoader(Subset(self.data.splits.train, range(100)), batch_size=50)
+
+    def val_dataloader(self):
+        return self.data.val_dataloader()
+
+    def test_dataloader(self):
+        return self.data.test_dataloader()
+
+
+def _own_experiment(name: str, text: str) -> list[str]:
+    Path("own/experiment").mkdir(parents=True, exist_ok=True)
+    Path(f"own/experiment/{name}.yaml").write_text(f"# @package _global_\n# Own.\n{text}")
+    return ["hydra.searchpath=[file://own]", f"experiment={name}"]
+
+
+@pytest.fixture
+def as_module(monkeypatch):
+    """This file's functions by an importable name, as a config asks for them."""
+    monkeypatch.setitem(sys.modules, "tests_of_the_cli", sys.modules[__name__])
+    return "tests_of_the_cli"
+
+
+def test_a_task_takes_the_place_of_the_fit_and_leaves_a_run_folder(as_module, capsys):
+    words = _own_experiment(
+        "summed", f"task: {{_target_: {as_module}.write_sum, _partial_: true, data: '${{data}}'}}\n"
+    )
+    assert main(words) == 0, capsys.readouterr().err
+    (folder,) = Path("runs/summed").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["metrics"]) == ("complete", {"sum": 1798.0})
+    assert (folder / "sum.txt").exists()
+    assert "sum" in capsys.readouterr().out
+
+
+def test_a_task_that_fails_is_one_line_and_recorded(as_module, capsys):
+    words = _own_experiment(
+        "summed", f"task: {{_target_: {as_module}.write_sum, _partial_: true, data: '${{data}}', wrong: true}}\n"
+    )
+    assert main(words) == 1
+    assert capsys.readouterr().err == "hasten: data: no sum today\n"
+    (folder,) = Path("runs/summed").iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_run_fits_on_what_wraps_its_data(as_module, capsys):
+    words = _own_experiment(
+        "wrapped",
+        "defaults: [classify_digits]\ntrainer: {max_epochs: 1}\n"
+        f"datamodule: {{_target_: {as_module}.FirstHundred, data: '${{data}}'}}\n",
+    )
+    assert main([*words, "data.batch_size=32"]) == 0, capsys.readouterr().err
+    (folder,) = Path("runs/wrapped").iterdir()
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
 # ------------------------------------------------------------------ stages
 
 
 @pytest.fixture
 def staged():
     """Words for an experiment that waits for another, both of the test's own making."""
-    Path("own/experiment").mkdir(parents=True)
-    small = (
-        "# @package _global_\n# Small.\ndefaults: [classify_digits]\ntrainer: {max_epochs: 1, limit_train_batches: 2}\n"
-    )
-    Path("own/experiment/small.yaml").write_text(small)
-    Path("own/experiment/staged.yaml").write_text(f"{small}first: [small]\n")
-    return ["hydra.searchpath=[file://own]", "experiment=staged"]
+    small = "defaults: [classify_digits]\ntrainer: {max_epochs: 1, limit_train_batches: 2}\n"
+    _own_experiment("small", f"{small}tiny: [trainer.limit_train_batches=1]\n")
+    return _own_experiment("staged", f"{small}first: [small]\n")
 
 
 def test_a_stage_runs_once_and_is_found_again(staged):
@@ -169,6 +242,12 @@ def test_a_stage_takes_the_seed_and_the_data_of_the_run_that_needs_it(staged):
     configs = [path.read_text() for path in sorted(Path("runs/stages").glob("*/config.yaml"))]
     assert len(configs) == 3
     assert sum("batch_size: 32" in text for text in configs) == 1
+
+
+def test_a_stage_can_be_asked_for_in_its_tiny_form(staged):
+    assert main([*staged, "first=[small:tiny]"]) == 0
+    (stage,) = [path for path in Path("runs/stages").iterdir() if path.is_dir()]
+    assert torch.load(stage / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_a_stage_that_did_not_complete_runs_again(staged):
@@ -211,6 +290,8 @@ MISTAKES = {
     "no checkpoint": (["ckpt_path=no.ckpt"], "ckpt_path: expected a checkpoint, there is no file 'no.ckpt'"),
     "corrupted checkpoint": (["ckpt_path=broken.ckpt"], "ckpt_path: 'broken.ckpt' is no whole Lightning checkpoint"),
     "foreign checkpoint": (["ckpt_path=foreign.ckpt"], "ckpt_path: 'foreign.ckpt' is of another model: "),
+    "unknown form of a stage": (["first=[classify_digits:big]"], "first: classify_digits:big: expected classify"),
+    "no function": (["task={_target_: builtins.int}"], "task: expected a function of the run's folder, got int"),
     "folder in use": (["run_dir=used"], "run_dir: 'used' holds a run already"),
     "other data than the model's": (["image.num_classes=7"], "image.num_classes: expected 10"),
     "sweep of several processes": (["-m", "seed=0,1", "trainer.devices=2"], "--multirun: expected one process a job"),

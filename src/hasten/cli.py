@@ -183,7 +183,7 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
             )
     with _own_log():
         result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), [*paths, *words]), sweep=sweep)
-    if result.trainer.is_global_zero:
+    if result.trainer is None or result.trainer.is_global_zero:
         _print_result(result)
     return result.metrics.get(cfg.objective.metric)
 

@@ -1,6 +1,7 @@
 """One run, from a composed config to a finished run folder; for the command line, for tests and for notebooks.
 
-The path of a run: compose -> folder -> stages named by ``first`` -> check -> build -> fit -> test -> result.json.
+The path of a run: compose -> folder -> stages named by ``first`` -> check -> build -> fit -> test -> result.json; a
+``task`` takes the place of fit and test.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning
 import torch
@@ -42,13 +43,13 @@ _RANK_FOLDER = "HASTEN_RUN_DIR"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves behind: final metrics by name, its folder, and the objects for whoever goes on with them."""
+    """What a run leaves behind: final metrics by name, its folder, and what was fitted, for whoever goes on with it."""
 
     metrics: dict[str, float]
     folder: Path
-    trainer: Trainer
-    module: LightningModule
-    datamodule: LightningDataModule
+    trainer: Trainer | None = None
+    module: LightningModule | None = None
+    datamodule: LightningDataModule | None = None
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -107,14 +108,14 @@ def _run(cfg: DictConfig, folder: Path) -> Result:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     try:
-        return _fit_and_test(cfg, folder)
+        return _fit_and_test(cfg, folder) if cfg.task is None else _task(cfg, folder)
     finally:
         torch.set_num_threads(threads)  # what runs next in this process asks for its own
 
 
 def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = _built(cfg, "data", LightningDataModule)
+    datamodule = _built(cfg, "data" if cfg.datamodule is None else "datamodule", LightningDataModule)
     _check_image(cfg, datamodule)
     module = _built(cfg, "module", LightningModule)
     ckpt_path = _checkpoint(cfg.ckpt_path, module)
@@ -122,7 +123,7 @@ def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
         getattr(module, "model", module).compile()  # in place: the state_dict keeps its keys
     callbacks, loggers = _all_built(cfg, "callbacks", Callback), _all_built(cfg, "logger", Logger)
     trainer = _built(cfg, "trainer", Trainer, callbacks=callbacks, logger=loggers)
-    with _recorded(cfg, folder, trainer) as result:
+    with _recorded(cfg, folder, trainer.loggers if trainer.is_global_zero else None) as result:
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         with _in_our_words(cfg, trainer):
@@ -134,6 +135,20 @@ def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
                 trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
                 result["metrics"] |= _numbers(trainer)
     return Result(result["metrics"], folder, trainer, module, datamodule)
+
+
+def _task(cfg: DictConfig, folder: Path) -> Result:
+    """What a run does in place of a fit: a function of its folder that returns metrics."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    task = build(cfg, "task")
+    if not callable(task):
+        raise HastenError(
+            f"task: expected a function of the run's folder, got {type(task).__name__}; add _partial_: true"
+        )
+    with _recorded(cfg, folder, []) as result:
+        metrics: dict[str, float] = cast(Any, task)(folder)
+        result["metrics"] = metrics
+    return Result(metrics, folder)
 
 
 def _built(cfg: DictConfig, key: str, kind: type[T], **extra: Any) -> T:
@@ -203,8 +218,12 @@ def _new_folder(cfg: DictConfig, sweep: str) -> Path:
 
 
 @contextmanager
-def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """config.yaml and result.json of a run: written at its start, completed at its end, honest about how it ended."""
+def _recorded(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] | None) -> Iterator[dict[str, Any]]:
+    """config.yaml and result.json of a run: written at its start, completed at its end, honest about how it ended.
+
+    Args:
+        loggers: of the run, to be closed with it; None on a process that does not write.
+    """
     started = time.monotonic()
     result: dict[str, Any] = {
         "status": "running",
@@ -219,10 +238,10 @@ def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[
     def write(status: str) -> None:
         result["status"] = status
         result["duration_s"] = round(time.monotonic() - started, 1)
-        if trainer.is_global_zero:
+        if loggers is not None:
             write_json(folder / "result.json", result)
 
-    if trainer.is_global_zero:
+    if loggers is not None:
         os.environ[_RANK_FOLDER] = str(folder)
         with whole_file(folder / "config.yaml") as unfinished:
             OmegaConf.save(cfg, unfinished, resolve=True)
@@ -235,7 +254,7 @@ def _recorded(cfg: DictConfig, folder: Path, trainer: Trainer) -> Iterator[dict[
         raise
     finally:
         os.environ.pop(_RANK_FOLDER, None)
-        for logger in trainer.loggers:
+        for logger in loggers or ():
             if isinstance(logger, WandbLogger) and logger._experiment is not None:
                 logger._experiment.finish(exit_code=0 if result["status"] == "running" else 1)
     write("complete")
@@ -272,15 +291,22 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
     """The configs of everything ``cfg.first`` names, deepest first; writes their folders into ``cfg.stages``.
 
-    A stage is its experiment as it stands, with the seed, the data and the accelerator of the run that needs it.
+    A stage is its experiment as it stands (``name``) or in its tiny form (``name:tiny``), with the seed, the data and
+    the accelerator of the run that needs it.
     Its folder is named by a hash of that recipe, so a stage that is complete is found again.
     """
     stages: list[DictConfig] = []
-    for name in cfg.first:
+    for entry in cfg.first:
+        name, _, form = entry.partition(":")
         if name in below:
             raise HastenError(f"first: {' -> '.join([*below, name])}: an experiment cannot wait for itself")
+        if form not in ("", "tiny"):
+            raise HastenError(f"first: {entry}: expected {name}, or {name}:tiny, its form for tests")
+        words = [f"experiment={name}", *(word for word in cfg.overrides if "hydra.searchpath=" in word)]
         try:
-            stage = compose([f"experiment={name}", *(word for word in cfg.overrides if "hydra.searchpath=" in word)])
+            stage = compose(words)
+            if form == "tiny":
+                stage = compose([*words, *stage.tiny])
         except MissingConfigException as error:
             raise HastenError(
                 f"first: there is no experiment {name!r}{did_you_mean(name, error.options or [])}"
