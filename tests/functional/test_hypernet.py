@@ -11,6 +11,7 @@ from hasten.functional import (
     fan_out_std,
     lora_delta,
     magnitude_invariant_encoding,
+    moment_matched_kl,
 )
 
 
@@ -72,3 +73,27 @@ def test_a_lora_delta_is_u_diag_s_v():
     for b in range(3):
         torch.testing.assert_close(lora_delta(u, s, v)[b], u @ torch.diag(s[b]) @ v)
         torch.testing.assert_close(lora_delta(u, s[b], v), u @ torch.diag(s[b]) @ v)
+
+
+def test_the_kl_is_that_of_two_normals_with_the_samples_moments():
+    samples = torch.randn(6, 4, dtype=torch.float64) * 0.3 + 0.1
+    found = moment_matched_kl(samples, std=0.2)
+    for i in range(4):
+        column = samples[:, i]
+        matched = torch.distributions.Normal(column.mean(), column.std())
+        prior = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 0.2)
+        torch.testing.assert_close(found[i], torch.distributions.kl_divergence(matched, prior))
+
+
+def test_equal_samples_have_a_large_kl_and_no_nan():
+    samples = torch.zeros(3, 2, requires_grad=True)
+    kl = moment_matched_kl(samples, std=1.0)
+    kl.sum().backward()
+    assert (kl > 40).all() and kl.isfinite().all() and samples.grad.isfinite().all()
+
+
+def test_a_kl_needs_two_samples_and_a_prior_with_a_spread():
+    with pytest.raises(ValueError, match="samples: expected at least 2, got 1"):
+        moment_matched_kl(torch.zeros(1, 2), std=1.0)
+    with pytest.raises(ValueError, match="std: expected > 0, got 0"):
+        moment_matched_kl(torch.zeros(2, 2), std=0.0)

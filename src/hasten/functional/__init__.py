@@ -1,6 +1,7 @@
 """The formulas: pure functions on tensors, torch alone, no state and no hidden randomness."""
 
 from hasten.functional.distillation import distillation_loss
+from hasten.functional.dsa import DSA_OPS, Draw, dsa, dsa_draw
 from hasten.functional.hypernet import (
     basis_delta,
     complement_encoding,
@@ -27,6 +28,7 @@ from hasten.functional.matching import (
     unrolled_matching_gradients,
     unrolled_sgd,
 )
+from hasten.functional.saliency import cam_complexity, discriminative_weight, grad_cam, smooth_grad_cam_pp
 from hasten.functional.scan import selective_scan
 from hasten.functional.timesteps import (
     PREDICTION_TYPES,
@@ -64,26 +66,34 @@ from hasten.functional.tokens import (
     token_counts,
     unmerge_tokens,
 )
+from hasten.functional.whitening import zca_colour, zca_fit, zca_whiten
 
 __all__ = [
+    "DSA_OPS",
     "MERGE_DISTANCES",
     "MERGE_REDUCTIONS",
     "PREDICTION_TYPES",
+    "Draw",
     "InnerStep",
     "Matching",
     "MergePlan",
     "basis_delta",
     "bipartite_soft_matching",
+    "cam_complexity",
     "clts_probabilities",
     "complement_encoding",
     "debias_weights",
     "depth_keep",
+    "discriminative_weight",
     "distillation_loss",
+    "dsa",
+    "dsa_draw",
     "dual_timesteps",
     "edm_probabilities",
     "edm_weights",
     "estimated_bytes",
     "fan_out_std",
+    "grad_cam",
     "hard_logits",
     "inner_rows",
     "logit_normal_probabilities",
@@ -106,6 +116,7 @@ __all__ = [
     "p2_weights",
     "second_moment_probabilities",
     "selective_scan",
+    "smooth_grad_cam_pp",
     "snr_weights",
     "soft_cross_entropy",
     "soft_min_snr_weights",
@@ -122,4 +133,7 @@ __all__ = [
     "unmerge_tokens",
     "unrolled_matching_gradients",
     "unrolled_sgd",
+    "zca_colour",
+    "zca_fit",
+    "zca_whiten",
 ]

@@ -77,3 +77,28 @@ def lora_delta(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         [[3.0, 6.0], [3.0, 6.0]]
     """
     return (u * s.unsqueeze(-2)) @ v
+
+
+def moment_matched_kl(samples: Tensor, *, std: float) -> Tensor:
+    """KL(normal with the samples' mean and variance || normal(0, std^2)) in nats, (n, ...) -> (...), n >= 2.
+
+    It grows without bound as the samples become one: what is penalised by it keeps its spread.
+
+    Args:
+        samples: of a number a place.
+        std: of the prior, > 0.
+
+    Raises:
+        ValueError: for a single sample, or a std that is none.
+
+    Example:
+        >>> moment_matched_kl(torch.tensor([[-1.0, 0.0], [0.0, 2.0], [1.0, 4.0]]), std=1.0)
+        tensor([0.0000, 2.8069])
+    """
+    if len(samples) < 2:
+        raise ValueError(f"moment_matched_kl: samples: expected at least 2, got {len(samples)}")
+    if not std > 0:
+        raise ValueError(f"moment_matched_kl: std: expected > 0, got {std}")
+    variance, mean = torch.var_mean(samples, dim=0)
+    ratio = (variance / std**2).clamp(min=torch.finfo(samples.dtype).tiny)  # equal samples: large, not infinite
+    return (ratio + (mean / std) ** 2 - 1 - ratio.log()) / 2
