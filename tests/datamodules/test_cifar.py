@@ -8,6 +8,7 @@ from torchvision import datasets
 
 from hasten.datamodules import CIFAR10, CIFAR100
 from hasten.errors import HastenError
+from hasten.formats import ZCA
 
 MODULES = {
     CIFAR10: (datasets.CIFAR10, "labels", ["data_batch_1", "data_batch_2"], "test_batch", "batches.meta", 10),
@@ -59,6 +60,21 @@ def test_validation_images_are_taken_from_the_training_images(small):
     assert len(data.test) == len(whole.test) == 20
     both = torch.cat([data.train.images, data.val.images]).flatten(1).sort(dim=0).values
     assert torch.equal(both, whole.train.images.flatten(1).sort(dim=0).values)
+
+
+def test_classes_have_the_names_in_the_files(small):
+    module, root, _ = small
+    data = module(root)
+    assert data.class_names == [str(i) for i in range(data.num_classes)]
+
+
+def test_the_training_images_can_be_whitened(small):
+    module, root, _ = small
+    data, plain = module(root, val=10, zca=True, image_size=8), module(root, val=10, mean=0.0, std=1.0, image_size=8)
+    assert torch.equal(data.train_labels, plain.train_labels)
+    images = plain.train_images(range(len(plain.train_labels)))
+    torch.testing.assert_close(data.denormalize(data.train_images([3, 1])), images[[3, 1]], atol=1e-5, rtol=0)
+    assert torch.equal(data.pixels.mean, ZCA.fit([images]).mean)
 
 
 def refusal(data):

@@ -193,3 +193,50 @@ def test_what_a_transform_of_timm_draws_is_a_function_of_seed_and_epoch(root):
 
     assert torch.equal(batch(0, 0), batch(0, 0, workers=1))
     assert not torch.equal(batch(0, 0), batch(0, 1)) and not torch.equal(batch(0, 0), batch(1, 0))
+
+
+# ------------------------------------------------------------------ the training images as they are
+
+
+def test_labels_and_names_of_classes_are_known_without_reading_an_image(root):
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    data = ImageFolder(root, image_size=8, val=4)
+    assert data.class_names == ["cat", "dog"]
+    assert data.train_labels.dtype == torch.int64 and sorted(data.train_labels.tolist()) == [0] * 8 + [1] * 8
+
+
+def test_training_images_come_by_index_through_the_transform_of_evaluation(root):
+    def recipe(image):
+        raise AssertionError("augments")
+
+    plain = ImageFolder(root, image_size=8, val=0)
+    other = ImageFolder(root, image_size=8, val=0, train_transform=recipe)
+    expected = torch.stack([plain.splits.train[i][0] for i in (11, 2)])
+    assert torch.equal(plain.train_images([11, 2]), expected)
+    assert torch.equal(other.train_images(torch.tensor([11, 2])), expected)
+
+
+def test_a_description_holds_the_transform_of_training_and_no_address(root):
+    def described(**options):
+        return ImageFolder(root, image_size=8, val=0, **options).description()
+
+    def shade(image):
+        return torch.zeros(3, 8, 8)
+
+    assert described() == described() != described(train_transform=shade)
+    assert " at 0x" not in repr(described(train_transform=shade))
+
+
+def test_images_in_files_can_be_whitened_and_then_stay_in_memory(root):
+    data = ImageFolder(root, image_size=8, val=4, zca=True)
+    plain = ImageFolder(root, image_size=8, val=4, mean=0.0, std=1.0)
+    expected = data.pixels.normalize(plain.train_images(range(16)))
+    torch.testing.assert_close(data.splits.train.images, expected, atol=1e-5, rtol=1e-5)
+    assert len(data.splits.val) == len(data.splits.test) == 4
+    assert torch.equal(data.train_labels, plain.train_labels)
+
+
+def test_whitening_beside_transforms_of_ones_own_is_refused(root):
+    with pytest.raises(HastenError, match="image_folder: zca: expected no train_transform and eval_transform"):
+        ImageFolder(root, image_size=8, zca=True, eval_transform=lambda image: image)

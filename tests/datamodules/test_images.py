@@ -1,3 +1,4 @@
+import json
 import pickle
 from collections import Counter
 from itertools import chain
@@ -5,10 +6,13 @@ from itertools import chain
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import Dataset
 
 from hasten.datamodules import Digits, ImageDataModule
 from hasten.datamodules.images import Augmented, PixelRange, Splits, TensorImages, stratified_order
 from hasten.errors import HastenError
+from hasten.formats import ZCA
+from hasten.functional import zca_fit, zca_whiten
 
 
 class Numbered(ImageDataModule):
@@ -19,7 +23,8 @@ class Numbered(ImageDataModule):
     def read(self):
         images = (torch.arange(30) / 30).view(-1, 1, 1, 1).expand(-1, *self.image_shape)
         parts = [
-            TensorImages(images[part], torch.arange(30)[part], self.pixels) for part in self._carve(self.labels, 5, 5)
+            TensorImages(images[part], torch.arange(30)[part], self.unwhitened)
+            for part in self._carve(self.labels, 5, 5)
         ]
         return Splits(train=parts[2], val=parts[0], test=parts[1])
 
@@ -260,3 +265,124 @@ def test_impossible_arguments_are_refused_in_one_line(options, message):
     with pytest.raises(HastenError) as caught:
         numbered(**options)
     assert str(caught.value) == f"numbered: {message}"
+
+
+# ------------------------------------------------------------------ the training images as they are
+
+
+def test_training_images_come_by_index_in_their_range_and_never_augmented():
+    data = numbered(flip=True, crop=2, mean=0.25, std=0.5)
+    labels = data.splits.train.labels
+    assert torch.equal(data.train_labels, labels) and len(labels) == 20
+    for indices in ([3, 0, 3], torch.tensor([3, 0, 3])):
+        images = data.train_images(indices)
+        expected = (labels[[3, 0, 3]] / 30 - 0.25) / 0.5
+        torch.testing.assert_close(images, expected.view(-1, 1, 1, 1).expand(-1, 1, 4, 4))
+
+
+def test_labels_are_known_by_number_where_they_have_no_names():
+    assert numbered().class_names == ["0", "1", "2"]
+
+
+def test_a_description_is_the_same_twice_and_can_be_written_as_json():
+    described = numbered().description()
+    assert json.loads(json.dumps(described)) == described == numbered().description()
+    assert described == numbered(num_workers=1).description()
+
+
+class Retouched(Numbered):
+    """One training image is different."""
+
+    def read(self):
+        splits = super().read()
+        splits.train.images = splits.train.images.clone()
+        splits.train.images[7] += 0.01
+        return splits
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        numbered(split_seed=1),
+        numbered(mean=0.4),
+        numbered(std=0.4),
+        numbered(zca=True),
+        numbered(flip=True),
+        numbered(crop=1),
+        numbered(batch_size=4),
+        numbered(seed=1),
+        Numbered((1, 2, 2), 3, batch_size=8),
+        Numbered((1, 4, 4), 4, batch_size=8),
+        Retouched((1, 4, 4), 3, batch_size=8),
+    ],
+)
+def test_a_description_tells_apart_what_a_training_run_depends_on(other):
+    assert other.description() != numbered().description()
+
+
+def test_the_split_in_a_description_does_not_depend_on_the_range():
+    hashes = {numbered(**options).description()["split"] for options in ({}, {"mean": 0.3, "std": 0.7}, {"zca": True})}
+    assert len(hashes) == 1
+
+
+def test_a_description_reads_a_few_images_only():
+    class Counting(Dataset):
+        labels, read = torch.arange(5000) % 3, 0
+
+        def __len__(self):
+            return len(self.labels)
+
+        def __getitem__(self, index):
+            self.read += 1
+            return torch.zeros(1, 4, 4), self.labels[index]
+
+    class Many(ImageDataModule):
+        images = Counting()
+
+        def read(self):
+            return Splits(self.images, (), ())
+
+    Many((1, 4, 4), 3).description()
+    assert 0 < Many.images.read < 100
+
+
+# ------------------------------------------------------------------ whitening
+
+
+def test_whitened_images_are_those_of_a_fit_on_the_training_images():
+    plain, data = Digits(mean=0.0, std=1.0), Digits(zca=True)
+    mean, matrix, _ = zca_fit([plain.splits.train.images])
+    for part in ("train", "val", "test"):
+        expected, found = getattr(plain.splits, part), getattr(data.splits, part)
+        torch.testing.assert_close(found.images, zca_whiten(expected.images, mean, matrix), atol=1e-5, rtol=1e-5)
+        assert torch.equal(found.labels, expected.labels)
+    images, _ = next(iter(data.test_dataloader()))
+    torch.testing.assert_close(images, data.splits.test.images[: len(images)])
+    torch.testing.assert_close(data.train_images([5, 2]), data.splits.train.images[[5, 2]])
+
+
+def test_the_range_of_whitened_images_goes_there_and_back():
+    data = Digits(zca=True)
+    assert isinstance(data.pixels, ZCA)  # asked before the splits
+    images = Digits(mean=0.0, std=1.0).splits.val.images
+    torch.testing.assert_close(data.normalize(images), data.splits.val.images)
+    torch.testing.assert_close(data.denormalize(data.splits.val.images), images, atol=1e-5, rtol=0)
+
+
+def test_whitened_splits_may_be_empty():
+    data = Digits(zca=True, val=0)
+    assert data.val_dataloader() == [] and len(data.splits.train) == 1397
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": True}, "zca: expected flip=false and crop=0, .* got flip=true and crop=0; augment by DSA"),
+        ({"crop": 2}, "zca: expected flip=false and crop=0, .* got flip=false and crop=2; augment by DSA"),
+        ({"mean": 0.3}, "zca: expected no mean and std beside it, got 0.3 and 0.5; leave them out"),
+        ({"std": [0.3]}, r"zca: expected no mean and std beside it, got 0.5 and \[0.3\]; leave them out"),
+    ],
+)
+def test_what_has_no_meaning_for_whitened_images_is_refused(options, message):
+    with pytest.raises(HastenError, match=f"numbered: {message}"):
+        numbered(zca=True, **options)

@@ -52,6 +52,13 @@ def test_drop_last_leaves_out_the_short_batch():
     assert [len(batch) for batch in plain(dropping)] == [4, 4] and len(dropping) == 2
 
 
+def test_a_subset_is_all_that_is_seen_and_counted():
+    loader = EpochLoader(range(20), 2, subset=torch.tensor([3, 7, 11]))
+    assert len(loader) == 2
+    assert sorted(torch.cat(list(loader)).tolist()) == [3, 7, 11]
+    assert loader.state_dict()["samples"] == 3
+
+
 def test_the_order_is_a_function_of_seed_and_epoch():
     once, again, other = (EpochLoader(range(50), 50, seed=seed) for seed in (0, 0, 1))
     torch.manual_seed(1)

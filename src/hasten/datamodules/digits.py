@@ -39,6 +39,7 @@ class Digits(ImageDataModule):
         crop: int = 0,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        zca: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         split_seed: int = 0,
@@ -51,6 +52,7 @@ class Digits(ImageDataModule):
             crop=crop,
             mean=mean,
             std=std,
+            zca=zca,
             num_workers=num_workers,
             seed=seed,
             split_seed=split_seed,
@@ -69,6 +71,7 @@ class Digits(ImageDataModule):
         images = resized(torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, self.image_shape[1])
         labels = torch.from_numpy(targets).long()
         test, val, train = (
-            TensorImages(images[part], labels[part], self.pixels) for part in self._carve(labels, self.test, self.val)
+            TensorImages(images[part], labels[part], self.unwhitened)
+            for part in self._carve(labels, self.test, self.val)
         )
         return Splits(train, val, test)

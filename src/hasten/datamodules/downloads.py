@@ -46,6 +46,7 @@ class DownloadedImages(ImageDataModule):
         crop: int = 0,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        zca: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         split_seed: int = 0,
@@ -60,6 +61,7 @@ class DownloadedImages(ImageDataModule):
             crop=crop,
             mean=mean,
             std=std,
+            zca=zca,
             num_workers=num_workers,
             seed=seed,
             split_seed=split_seed,
@@ -68,6 +70,11 @@ class DownloadedImages(ImageDataModule):
         self.root = Path(root).expanduser()
         self.download = download
         self.val = val
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels, as torchvision has them."""
+        return list(self._open(train=False).classes)
 
     def prepare_data(self) -> None:
         """Download what is not there; one process at a time, also where several nodes share ``root``."""
@@ -85,9 +92,9 @@ class DownloadedImages(ImageDataModule):
         images, labels = self._tensors(train=True)
         val, train = self._carve(labels, self.val)
         return Splits(
-            train=TensorImages(images[train], labels[train], self.pixels),
-            val=TensorImages(images[val], labels[val], self.pixels),
-            test=TensorImages(*self._tensors(train=False), self.pixels),
+            train=TensorImages(images[train], labels[train], self.unwhitened),
+            val=TensorImages(images[val], labels[val], self.unwhitened),
+            test=TensorImages(*self._tensors(train=False), self.unwhitened),
         )
 
     def _tensors(self, *, train: bool) -> tuple[Tensor, Tensor]:

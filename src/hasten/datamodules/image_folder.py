@@ -1,6 +1,7 @@
 """Images on disk, one folder per class."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class ImageFolder(ImageDataModule):
         eval_transform: Transform | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        zca: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         split_seed: int = 0,
@@ -78,12 +80,15 @@ class ImageFolder(ImageDataModule):
             crop=crop,
             mean=mean,
             std=std,
+            zca=zca,
             num_workers=num_workers,
             seed=seed,
             split_seed=split_seed,
         )
         if channels not in (1, 3):
             raise HastenError(f"{self.name}: channels: expected 1 for grey or 3 for colour, got {channels!r}")
+        if zca and not (train_transform is None and eval_transform is None):
+            raise HastenError(f"{self.name}: zca: expected no train_transform and eval_transform beside it, got some")
         self._check_part("val", val)
         self.val = val
         self.test = test
@@ -92,6 +97,20 @@ class ImageFolder(ImageDataModule):
         self.eval_transform = squared if eval_transform is None else eval_transform
         for part in ("val", test):
             self._check_classes(part)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the folders, in the order of the labels."""
+        return self.classes
+
+    def description(self) -> dict[str, Any]:
+        """As of every ImageDataModule, with ``train_transform`` in words."""
+        described = super().description()
+        if self.train_transform != self._squared:
+            # without the address of a function, which is another one in every process
+            words = re.sub(r" at 0x[0-9a-f]+", "", repr(self.train_transform))
+            described["augmentation"] |= {"train_transform": words}
+        return described
 
     def read(self) -> Splits:
         """The files of each split; the images are read when they are asked for."""
@@ -106,11 +125,15 @@ class ImageFolder(ImageDataModule):
             FileImages(test, mode, self.eval_transform),
         )
 
+    def _plain_train(self) -> Sized:
+        train = self.splits.train
+        return FileImages(train.files, train.mode, self.eval_transform) if isinstance(train, FileImages) else train
+
     def _squared(self, image: Image.Image) -> Tensor:
         """The whole of the shorter side, the middle of the longer one, in the range of the model."""
         size = self.image_shape[1]
         square = v2.CenterCrop(size)(v2.Resize(size)(image))
-        return self.normalize(v2.functional.pil_to_tensor(square).float() / 255)
+        return self.unwhitened.normalize(v2.functional.pil_to_tensor(square).float() / 255)
 
     def _folders(self, part: str) -> list[str]:
         """The names of the classes in ``part``."""
@@ -158,6 +181,11 @@ class FileImages(Dataset[Any]):
         self.files = files
         self.mode = mode
         self.transform = transform
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return torch.tensor([label for _, label in self.files], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,9 +1,10 @@
 """What the image datamodules share: the split, the loaders, the range of the pixels, the checks of their arguments."""
 
 from abc import abstractmethod
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torchvision.transforms import v2
 
 from hasten.datamodules.loader import EpochLoader
 from hasten.errors import HastenError
+from hasten.formats.pixels import ZCA, PixelRange
+
+__all__ = ["Augmented", "ImageDataModule", "PixelRange", "Splits", "TensorImages", "resized", "stratified_order"]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Three datasets of (image, label); ``val`` and ``test`` may be empty."""
+    """Three datasets of (image, label), each with all ``labels``, (N,) int64; ``val`` and ``test`` may be empty."""
 
     train: Sized
     val: Sized
@@ -39,14 +43,19 @@ class ImageDataModule(LightningDataModule):
         crop: pad training images with so many pixels of black and cut their size out of that anywhere; 0 <= crop < H.
         mean: subtracted from pixels in [0, 1]; a number, or one per channel.
         std: what they are divided by then, > 0; with 0.5 for both the model sees [-1, 1].
+        zca: whiten the pixels instead, as fitted on the training images; keeps all images in memory as float32.
         num_workers: processes per loader that read ahead, >= 0.
         seed: of the order of the training images and of their augmentation, >= 0.
         split_seed: of what is dealt to train, val and test, >= 0.
 
+    Attributes:
+        train_subset: () -> the training images that the next training loader shows, (m,) int64; None: all. A curriculum
+            sets it.
+
     Example:
         >>> class Blank(ImageDataModule):
         ...     def read(self):
-        ...         images = TensorImages(torch.zeros(9, 1, 4, 4), torch.arange(9) % 3, self.pixels)
+        ...         images = TensorImages(torch.zeros(9, 1, 4, 4), torch.arange(9) % 3, self.unwhitened)
         ...         return Splits(train=images, val=images, test=images)
         >>> len(Blank((1, 4, 4), 3, batch_size=2).train_dataloader())
         5
@@ -65,6 +74,7 @@ class ImageDataModule(LightningDataModule):
         crop: int = 0,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        zca: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         split_seed: int = 0,
@@ -79,26 +89,76 @@ class ImageDataModule(LightningDataModule):
         self._check_int("split_seed", split_seed, at_least=0)
         if crop >= size:
             raise HastenError(f"{self.name}: crop: expected less than the {size} pixels of an image, got {crop}")
-        self.pixels = PixelRange(self._per_channel("mean", mean, channels), self._per_channel("std", std, channels))
-        if not (self.pixels.std > 0).all():
+        if zca and (flip or crop):
+            raise HastenError(
+                f"{self.name}: zca: expected flip=false and crop=0, which have no meaning for whitened pixels, "
+                f"got flip={str(flip).lower()} and crop={crop}; augment by DSA"
+            )
+        if zca and not mean == std == 0.5:
+            raise HastenError(
+                f"{self.name}: zca: expected no mean and std beside it, got {mean} and {std}; leave them out"
+            )
+        if zca:
+            mean, std = 0.0, 1.0
+        self.unwhitened = PixelRange(self._per_channel("mean", mean, channels), self._per_channel("std", std, channels))
+        if not (self.unwhitened.std > 0).all():
             raise HastenError(f"{self.name}: std: expected > 0, got {std}")
         self.image_shape = image_shape
         self.num_classes = num_classes
         self.batch_size = batch_size
         self.flip = flip
         self.crop = crop
+        self.zca = zca
         self.num_workers = num_workers
         self.seed = seed
         self.split_seed = split_seed
+        self.train_subset: Callable[[], Tensor] | None = None
 
     @abstractmethod
     def read(self) -> Splits:
-        """The three datasets, from wherever they are kept."""
+        """The three datasets, from wherever they are kept, with images in the range ``self.unwhitened``."""
 
-    @cached_property
+    @property
     def splits(self) -> Splits:
-        """The three datasets, read at first use."""
-        return self.read()
+        """The three datasets in the range of the model, read at first use."""
+        return self._ready[0]
+
+    @property
+    def pixels(self) -> PixelRange | ZCA:
+        """[0, 1] <-> the range of the model; with ``zca`` the training images are read for it."""
+        return self._ready[1] if self.zca else self.unwhitened
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels."""
+        return [str(label) for label in range(self.num_classes)]
+
+    @property
+    def train_labels(self) -> Tensor:
+        """Of the training images, (n,) int64; no image is read for it."""
+        return self.splits.train.labels  # type: ignore[attr-defined]
+
+    def train_images(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Training images without augmentation in the range of the model, (B,) -> (B, C, H, W)."""
+        return _gathered(self._plain_train(), torch.as_tensor(indices, dtype=torch.int64).tolist())
+
+    def description(self) -> dict[str, Any]:
+        """What a training run on the training images depends on, as JSON; reads a few images for it.
+
+        ``split`` is a hash of the training labels and of 32 training images, evenly spread.
+        """
+        mean, std = (numbers.flatten().tolist() for numbers in (self.unwhitened.mean, self.unwhitened.std))
+        return {
+            "name": self.name,
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+            "split": self._split_hash(),
+            # whitening is a function of the split; hashed itself, it would differ from machine to machine
+            "transform": "zca" if self.zca else {"mean": mean, "std": std},
+            "augmentation": {"flip": self.flip, "crop": self.crop},
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled and augmented."""
@@ -107,6 +167,7 @@ class ImageDataModule(LightningDataModule):
             self._augmented(self.splits.train),
             self.batch_size,
             shuffle=not overfits,  # the same few batches every epoch
+            subset=None if self.train_subset is None else self.train_subset(),
             seed=self.seed,
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
@@ -128,6 +189,37 @@ class ImageDataModule(LightningDataModule):
     def denormalize(self, images: Tensor) -> Tensor:
         """From the range of the model to [0, 1], (..., C, H, W)."""
         return self.pixels.denormalize(images)
+
+    @cached_property
+    def _ready(self) -> tuple[Splits, PixelRange | ZCA]:
+        """The splits, and the range that their images are in."""
+        splits = self.read()
+        if not self.zca:
+            return splits, self.unwhitened
+        # in memory once and for all: a whitened image costs (C H W) ** 2 products, too many to repeat every epoch
+        parts = [self._in_memory(part) for part in (splits.train, splits.val, splits.test)]
+        pixels = ZCA.fit(parts[0].images.split(1024))
+        for images in (images for part in parts for images in part.images.split(1024) if len(images)):
+            images.copy_(pixels.normalize(images))
+        return Splits(*parts), pixels
+
+    def _in_memory(self, dataset: Any) -> "TensorImages":
+        images = torch.empty(len(dataset), *self.image_shape)
+        for part in torch.arange(len(dataset)).split(1024) if len(dataset) else ():
+            images[part] = _gathered(dataset, part.tolist())
+        labels = dataset.labels if len(dataset) else torch.empty(0, dtype=torch.int64)
+        return TensorImages(images, labels, PixelRange(torch.tensor(0.0), torch.tensor(1.0)))
+
+    def _plain_train(self) -> Sized:
+        """The training images without any augmentation."""
+        return self.splits.train
+
+    def _split_hash(self) -> str:
+        labels = self.train_labels
+        images = self.denormalize(self.train_images(torch.linspace(0, len(labels) - 1, 32).long()))
+        # 0.28: neither bytes nor the sixteenths of the digits come near an edge, where rounding errors would decide
+        levels = (images * 255 + 0.28).floor().clamp(0, 255).to(torch.uint8)
+        return sha256(labels.numpy().tobytes() + levels.numpy().tobytes()).hexdigest()[:12]
 
     def _augmented(self, dataset: Sized) -> Sized:
         steps: list[Any] = []
@@ -193,31 +285,6 @@ class ImageDataModule(LightningDataModule):
         return numbers
 
 
-@dataclass(frozen=True, eq=False)
-class PixelRange:
-    """[0, 1] <-> the range of the model.
-
-    Args:
-        mean: becomes 0, () or (C, 1, 1).
-        std: becomes 1, of the same shape.
-
-    Example:
-        >>> PixelRange(torch.tensor(0.5), torch.tensor(0.5)).normalize(torch.tensor([0.0, 1.0]))
-        tensor([-1.,  1.])
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """From [0, 1] to the range of the model."""
-        return (images - self.mean.to(images)) / self.std.to(images)
-
-    def denormalize(self, images: Tensor) -> Tensor:
-        """From the range of the model to [0, 1]."""
-        return images * self.std.to(images) + self.mean.to(images)
-
-
 class TensorImages(Dataset[Any]):
     """Images in memory, handed out by whole batches.
 
@@ -270,6 +337,11 @@ class Augmented(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, label = self.dataset[index]
         return self.transform(image), label
+
+
+def _gathered(dataset: Any, indices: list[int]) -> Tensor:
+    """The images of ``dataset`` at ``indices``, (B, C, H, W)."""
+    return dataset.batch(indices)[0] if hasattr(dataset, "batch") else torch.stack([dataset[i][0] for i in indices])
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hasten.errors import HastenError
@@ -38,6 +38,7 @@ class EpochLoader:
         batch_size: samples per batch and process, >= 1.
         shuffle: a new order each epoch; else the dataset's own.
         drop_last: leave out what does not fill a batch of every process.
+        subset: indices of the samples to be seen, (m,) int64; None: all.
         seed: of the order and of the samples' draws.
         num_workers: processes that load ahead, >= 0; they stay from epoch to epoch.
         pin_memory: page-locked batches, for a GPU.
@@ -64,6 +65,7 @@ class EpochLoader:
         *,
         shuffle: bool = True,
         drop_last: bool = False,
+        subset: Tensor | None = None,
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -77,6 +79,7 @@ class EpochLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self._samples = torch.arange(len(dataset)) if subset is None else subset
         self.seed = seed
         self.epoch = 0
         self.position = 0
@@ -131,7 +134,7 @@ class EpochLoader:
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
-            "samples": len(self.dataset),
+            "samples": len(self._samples),
             "samples_per_step": self.batch_size * _rank_and_world_size()[1],
         }
 
@@ -180,16 +183,16 @@ class EpochLoader:
     def _order(self, epoch: int) -> list[list[int]]:
         """The indices of all batches of ``epoch`` for this process."""
         rank, world_size = _rank_and_world_size()
-        order = torch.arange(len(self.dataset))
+        order = self._samples
         if self.shuffle:
             generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
-            order = torch.randperm(len(self.dataset), generator=generator)
+            order = order[torch.randperm(len(order), generator=generator)]
         share = order[rank::world_size].tolist()
         return [share[start:stop] for start, stop in pairwise(self._bounds(rank, world_size))]
 
     def _bounds(self, rank: int, world_size: int) -> list[int]:
         """Where the batches of a process begin in its share of the samples, and where the last one ends."""
-        samples, step = len(self.dataset), self.batch_size * world_size
+        samples, step = len(self._samples), self.batch_size * world_size
         if self.drop_last:
             batches = samples // step
             bounds = [i * self.batch_size for i in range(batches + 1)]
