@@ -1,8 +1,26 @@
 """Modules over the formulas of hasten.functional; no Lightning."""
 
 from hasten.nn.convnet import ConvNet
+from hasten.nn.dataset_distillation.curriculum import EasyToHard, grand
+from hasten.nn.dataset_distillation.dsa import DSA
+from hasten.nn.dataset_distillation.flat import FlatModel
+from hasten.nn.dataset_distillation.guide import DiscriminativeArea
+from hasten.nn.dataset_distillation.masks import DepthMask, LossQuantileMask
+from hasten.nn.dataset_distillation.synthetic import SyntheticSet
 from hasten.nn.diffusion import LinearSkip, dit, unet
-from hasten.nn.hypernet import Basis, Choice, Chunked, Dense, HyperModel, LoRA, Range, head_sizes, hypernetize
+from hasten.nn.hypernet import (
+    Basis,
+    Choice,
+    Chunked,
+    Dense,
+    HyperModel,
+    LoRA,
+    Range,
+    SeparateModels,
+    head_sizes,
+    hypernetize,
+)
+from hasten.nn.scaled_unet import ScaledUNet
 from hasten.nn.selection import select_modules, select_parameters
 from hasten.nn.speed import SpeeDSampler
 from hasten.nn.timestep_peers import (
@@ -23,6 +41,7 @@ from hasten.nn.vision_mamba import VisionMamba, vim
 from hasten.nn.weights import timm_model
 
 __all__ = [
+    "DSA",
     "Basis",
     "CLTSSampler",
     "Choice",
@@ -30,11 +49,16 @@ __all__ = [
     "ConvNet",
     "DebiasSampler",
     "Dense",
+    "DepthMask",
+    "DiscriminativeArea",
     "EDMSampler",
+    "EasyToHard",
+    "FlatModel",
     "HyperModel",
     "LinearSkip",
     "LoRA",
     "LogitNormalSampler",
+    "LossQuantileMask",
     "LossSecondMomentSampler",
     "MergeHandle",
     "MergeOptions",
@@ -43,8 +67,11 @@ __all__ = [
     "ModeSampler",
     "P2Sampler",
     "Range",
+    "ScaledUNet",
+    "SeparateModels",
     "SoftMinSNRSampler",
     "SpeeDSampler",
+    "SyntheticSet",
     "TimestepSampler",
     "TruncatedSNRSampler",
     "UniformSampler",
@@ -52,6 +79,7 @@ __all__ = [
     "alphas_cumprod",
     "attach_token_merging",
     "dit",
+    "grand",
     "head_sizes",
     "hypernetize",
     "num_timesteps",

@@ -1,11 +1,14 @@
 """Where modules and callbacks meet: what one side offers and the other asks for. Typing only, nothing runs here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
+    from hasten.formats.pixels import ZCA, PixelRange
+    from hasten.nn.dataset_distillation.flat import FlatModel
+    from hasten.nn.dataset_distillation.synthetic import SyntheticSet
     from hasten.nn.hypernet.inputs import InputEncoding
     from hasten.nn.token_merging import Merging
 
@@ -92,4 +95,97 @@ class GeneratesWeights(Protocol):
 
     def generate(self, **inputs: Any) -> dict[str, Tensor]:
         """The parameters themselves, likewise."""
+        ...
+
+
+class HasRealImages(Protocol):
+    """A datamodule that hands out its training images, whole and as they are.
+
+    Ask for a callable ``train_images``: isinstance, before Python 3.12, reads the properties, and so the data.
+    """
+
+    num_classes: int
+    """K; labels are 0 to K - 1."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels."""
+        ...
+
+    @property
+    def pixels(self) -> "PixelRange | ZCA":
+        """[0, 1] <-> the range of the model."""
+        ...
+
+    @property
+    def train_labels(self) -> Tensor:
+        """Of the training images, (n,) int64; no image is read for it."""
+        ...
+
+    def train_images(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Training images without augmentation in the range of the model, (B,) -> (B, C, H, W)."""
+        ...
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """From [0, 1] to the range of the model, (..., C, H, W)."""
+        ...
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """From the range of the model to [0, 1], (..., C, H, W)."""
+        ...
+
+
+class HasSynthetic(Protocol):
+    """A module that distils a data set.
+
+    Ask whether ``synthetic`` is a ``SyntheticSet``: isinstance, from Python 3.12 on, does not see the children of an
+    nn.Module.
+    """
+
+    synthetic: "SyntheticSet"
+
+
+@runtime_checkable
+class ExplainsSkips(Protocol):
+    """A module that leaves out updates it does not trust: it steps its optimizer with every gradient None."""
+
+    def skip_report(self, losses: Sequence[float]) -> str:
+        """Where it stands after updates of these losses were left out in a row, and which number to change."""
+        ...
+
+
+@runtime_checkable
+class TrainsExperts(Protocol):
+    """A module that trains networks of one form, one after the other, in a single fit.
+
+    A callback's ``setup`` comes before the module's, and may say there which of the experts are left to train.
+    """
+
+    experts: int
+    """How many there are to be, numbered from 0."""
+    epochs: int
+    """For how long each is trained."""
+    expert: int
+    """The number of the one in training, from the module's ``on_train_epoch_start`` on."""
+    epoch: int
+    """How many epochs that one has behind it, likewise."""
+    form: "FlatModel"
+    """The names and shapes of an expert's parameters."""
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides, with its number, what an expert is, for JSON; needs the trainer and its datamodule."""
+        ...
+
+    def train_only(self, experts: Sequence[int], *, epochs: int) -> None:
+        """Train only these, each for so many epochs, in the fit that is being set up; none of them ends it at once."""
+        ...
+
+    def theta(self) -> Tensor:
+        """A copy of the parameters of the expert in training, (P,), on the CPU."""
+        ...
+
+    def load_theta(self, theta: Tensor) -> None:
+        """Put the network where an expert was, (P,)."""
         ...

@@ -1,0 +1,98 @@
+"""FlatModel: a network as a function of one flat vector of its parameters."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class FlatModel:
+    """A stateless network, (P,) and (B, C, H, W) -> (B, K), all of whose parameters are one vector theta.
+
+    The P parameters stand in theta in the order of ``named_parameters()``, a tied one once. The network is a copy of
+    ``model`` without memory (on the meta device) and in eval mode. Not an nn.Module, so no optimizer finds it.
+
+    Args:
+        model: the network that is copied; its weights are of no account.
+
+    Attributes:
+        names: of the parameters.
+        shapes: of the parameters.
+        numel: P.
+
+    Raises:
+        ValueError: for batch norm and for buffers, which theta could not carry from step to step.
+
+    Example:
+        >>> flat = FlatModel(nn.Linear(3, 2))
+        >>> flat.names, flat.numel
+        (('weight', 'bias'), 8)
+        >>> flat(torch.zeros(8), torch.ones(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _refuse_state(model)
+        named = dict(model.named_parameters())
+        self.names: tuple[str, ...] = tuple(named)
+        self.shapes: tuple[torch.Size, ...] = tuple(parameter.shape for parameter in named.values())
+        self._sizes = [math.prod(shape) for shape in self.shapes]
+        self.numel: int = sum(self._sizes)
+        self._template = _copy(model, {name: torch.empty_like(p, device="meta") for name, p in named.items()})
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        """The logits of these parameters; differentiable in both, twice."""
+        return torch.func.functional_call(self._template, self._parts(theta), (images,))
+
+    def flatten(self, model: nn.Module) -> Tensor:
+        """The parameters of a network of this form as one new vector, (P,).
+
+        Raises:
+            ValueError: where a name or a shape differs; names the first.
+        """
+        found = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+        wanted = list(zip(self.names, self.shapes, strict=True))
+        for i in range(max(len(wanted), len(found))):
+            here, there = (_described(tensors, i) for tensors in (wanted, found))
+            if here != there:
+                raise ValueError(f"flatten: parameter {i}: expected {here}, got {there}; build the same network twice")
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def filled(self, theta: Tensor) -> nn.Module:
+        """A new network in eval mode with these parameters; it shares no memory with theta."""
+        return _copy(self._template, {name: part.detach().clone() for name, part in self._parts(theta).items()})
+
+    def _parts(self, theta: Tensor) -> dict[str, Tensor]:
+        if theta.shape != (self.numel,):
+            raise ValueError(
+                f"theta: expected one vector of {self.numel} parameters, got {tuple(theta.shape)}; "
+                "use a trajectory of this network"
+            )
+        # one split: its backward is one cat, where a slice each would add P zeros a parameter
+        parts = theta.split(self._sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+def _copy(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+    """A copy in eval mode that holds other parameters; what is tied stays so, and no weight is copied."""
+    replaced = {id(old): nn.Parameter(parameters[name]) for name, old in model.named_parameters()}
+    return copy.deepcopy(model, replaced).eval()
+
+
+def _refuse_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"FlatModel: expected a network without batch norm, got {type(module).__name__} at {name!r}; "
+                "use norm=instance"
+            )
+    for name, _ in model.named_buffers():
+        raise ValueError(
+            f"FlatModel: expected a network without buffers, got {name!r}; a trajectory has parameters only"
+        )
+
+
+def _described(tensors: list[tuple[str, torch.Size]], i: int) -> str:
+    return f"{tensors[i][0]} {tuple(tensors[i][1])}" if i < len(tensors) else "none"
