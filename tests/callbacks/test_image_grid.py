@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import nn
@@ -161,6 +161,35 @@ def test_tensorboard_gets_the_image(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
     (image,) = events.Images("pictures/samples")
     assert (image.step, image.height, image.width) == (4, 102, 252)
+
+
+class Named(LightningDataModule):
+    class_names = ["a", "a much longer name"]
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(3, 1))
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize(("rows", "named"), [(2, True), (3, False)])
+def test_the_names_of_the_classes_stand_beside_as_many_rows(tmp_path, rows, named):
+    trainer = Trainer(
+        callbacks=[ImageGrid(tmp_path, every_n_steps=4)], accelerator="cpu", max_steps=4, enable_checkpointing=False,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Foreign((rows, 5, 1, 8, 8)), datamodule=Named())
+    image = read_image(tmp_path / "samples.png")
+    margin = image.size(2) - (5 * 50 + 2)
+    assert image.size(1) == rows * 50 + 2 and (margin > 0) == named
+    assert image[:, 2, margin + 2].tolist() == [102, 102, 102]  # the grid is where it was, only farther right
+    if named:
+        strip = image[0, :, :margin].float() / 255
+        ink = [(1 - row).sum() for row in (strip[:51], strip[51:])]
+        assert 0 < ink[0] < ink[1]
+        rows_with_ink = (strip.min(1).values < 0.5).nonzero().flatten()
+        centres = [rows_with_ink[rows_with_ink < 51].float().mean(), rows_with_ink[rows_with_ink >= 51].float().mean()]
+        assert [round(float(centre)) for centre in centres] == [pytest.approx(26, abs=3), pytest.approx(76, abs=3)]
 
 
 def test_a_module_without_pictures_is_refused_in_one_line(tmp_path):

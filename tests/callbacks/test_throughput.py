@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from hasten.callbacks import Throughput
 from hasten.callbacks.throughput import _batch_size
+from hasten.datamodules.loader import EpochLoader
 
 CLOCK = SimpleNamespace(now=0.0, perf_counter=lambda: CLOCK.now)
 
@@ -143,6 +144,27 @@ def test_logging_may_be_off():
 )
 def test_the_batch_size_is_the_first_tensors(batch, expected):
     assert _batch_size(batch) == expected
+
+
+def test_a_loader_of_one_item_a_batch_counts_one_however_long_its_tensor_is():
+    loader = EpochLoader(_Vectors(), 1)
+    recorder = Recorder()
+    trainer = Trainer(
+        callbacks=[Throughput(warmup_batches=0)], logger=recorder, accelerator="cpu", max_epochs=1, log_every_n_steps=5,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(foreign(), loader)
+    assert recorder.rows == [(4, {"throughput/steps_per_s": 1.0, "throughput/samples_per_s": 1.0})]
+
+
+class _Vectors:
+    """Items that are one long vector, of which a batch holds one."""
+
+    def __len__(self):
+        return 5
+
+    def batch(self, indices):
+        return {"x": torch.zeros(400).view(100, 4)}
 
 
 def test_it_is_safe_to_undo_what_was_never_set_up():

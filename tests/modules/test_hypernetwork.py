@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 from itertools import product
@@ -21,7 +22,7 @@ from hasten.datamodules import Digits
 from hasten.errors import HastenError
 from hasten.modules import HyperNetwork
 from hasten.modules.hypernet_tasks import rotated
-from hasten.nn import Choice, Range, hypernetize
+from hasten.nn import Choice, Range, ScaledUNet, SeparateModels, hypernetize
 from hasten.run import compose
 
 
@@ -238,6 +239,64 @@ def test_the_pictures_are_curves_of_the_last_validation():
     assert not pictures["loss_over_scale"].equal(pictures["loss_over_kind"])
 
 
+def test_the_ensemble_sees_the_outputs_at_all_points_of_the_grid():
+    class Outputs(MeanMetric):
+        def update(self, outputs, target):
+            seen.append((outputs, target))
+
+    seen = []
+    module = _module(inputs={"noise": Range(0.0, 1.0, dim=3)}, ensemble={"spread": Outputs()})
+    assert "val/spread" in _validated(module, _loader(12))
+    (outputs, target), (rest, _) = seen
+    images, labels = _loader(12).dataset.tensors
+    assert (outputs.shape, rest.shape) == ((16, 8, 3), (16, 4, 3)) and target.equal(labels[:8])
+    for point, output in zip(module._points, outputs, strict=True):
+        torch.testing.assert_close(output, module(images[:8], **point))
+
+
+def test_operations_are_counted_at_every_point_and_belong_to_a_sample():
+    torch.manual_seed(0)
+    net = ScaledUNet(1, 1, widths=(2, 2))
+    hyper = hypernetize(net, {"scale": (0.25, 1.0)}, hidden=(4,), model_inputs=["scale"])
+    # in evaluation as under test: without gradients, and in inference mode
+    found = _validated(_module(model=hyper, loss=lambda output, _: output.mean(), flops=True, grid=2), _loader(8))
+    generated = sum(net.get_parameter(name).numel() for name in hyper.names)
+    made = 2 * (2 * 4 + 4 * generated)  # the MLP and the dense head, once a batch
+    for scale, low in ((0.25, 1), (1, 16)):
+        convolutions = 16 * (1 * 2 + 2 * 2 + 4 * 2 + 2 * 2) + low * (2 * 2 + 2 * 2)
+        wanted = 2 * (9 * convolutions + 16 * 2) + made / 8
+        assert found[f"val/mflops@scale={scale}"] == pytest.approx(wanted / 1e6)
+
+
+def test_scores_are_drawn_over_each_other_and_beside_those_of_another_run(tmp_path):
+    other = {"val/loss@scale=0.5": 0.1, "val/acc@scale=0.5": 0.9, "val/loss@scale=2": 0.3}
+    (tmp_path / "result.json").write_text(json.dumps({"metrics": other}))
+    options = {"metrics": {"acc": MulticlassAccuracy(3)}, "trade_offs": {"loss": "acc"}, "grid": 3}
+    pictures = {}
+    for dots in (None, tmp_path):
+        module = _module(dots=dots, **options)
+        assert module.pictures() == {}
+        _validated(module, _loader())
+        pictures[dots] = module.pictures()
+        assert pictures[dots].keys() == {"loss_over_scale", "acc_over_scale", "acc_over_loss_along_scale"}
+    for name, picture in pictures[None].items():
+        assert picture.shape[:3] == (1, 1, 3) and not picture.equal(pictures[tmp_path][name])
+
+
+def test_separate_models_are_trained_and_evaluated_as_a_hypernetwork_is():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    module = _module(model=SeparateModels(net, {"scale": (0.5, 2.0)}, n=2), transform=_scaled, grid=2)
+    trainer = _trainer(max_epochs=60)
+    trainer.fit(module, _loader(), _loader())
+    found = _validated(module, _loader())
+    assert found.keys() == {"val/loss", "val/loss_worst", "val/loss@scale=0.5", "val/loss@scale=2"}
+    images, labels = _loader().dataset.tensors
+    for net, scale in zip(module.model.models, (0.5, 2.0), strict=True):
+        loss = F.cross_entropy(net(images * scale), labels).item()
+        assert found[f"val/loss@scale={scale:g}"] == pytest.approx(loss, rel=1e-4) and loss < 0.5
+
+
 def test_the_state_holds_the_network_under_its_own_keys():
     module = _module(metrics={"acc": MulticlassAccuracy(3)})
     keys = module.state_dict().keys()
@@ -256,6 +315,8 @@ def test_the_state_holds_the_network_under_its_own_keys():
         ({"grid": 1}, "grid: expected at least 2 values of each input, got 1"),
         ({"metrics": {"acc": F.cross_entropy}}, "metrics.acc: expected a torchmetrics metric .*, got function"),
         ({"metrics": {"mean": MeanMetric()}}, "metrics.mean: expected a torchmetrics metric .*, got MeanMetric"),
+        ({"trade_offs": {"loss": "acc"}}, "trade_offs: expected pairs of loss, got 'acc'"),
+        ({"dots": "nowhere"}, "dots: expected the folder of a finished run, found no result.json in 'nowhere'"),
     ],
 )
 def test_bad_arguments_are_one_line(options, line):
@@ -324,6 +385,23 @@ def test_the_ablation_is_a_swap_of_one_word(word, encoded, own):
     hyper = build(cfg, "model")
     assert (hyper.encoding.kind == "cos_sin", bool(hyper.model.get_parameter("0.weight").any())) == (encoded, own)
     assert hyper(torch.zeros(2, 1, 8, 8), angle=90.0).shape == (2, 10)
+
+
+@pytest.mark.parametrize("experiment", ["mip_lambda_digits", "mip_bayes_digits", "mip_segmentation_digits"])
+@pytest.mark.parametrize("word", ["mip_default", "mip_encoding_only", "mip_residual_only", "mip"])
+def test_it_is_one_in_the_other_experiments_too(experiment, word):
+    cfg = compose([f"experiment={experiment}", f"model={word}", "first=[]", "module.dots=null", "run_dir=x"])
+    check(cfg)
+    hyper, plain = build(cfg, "model"), build(compose([f"experiment={experiment}"]), "model.model")
+    assert type(hyper.model) is type(plain)  # the network is the experiment's, whatever the word
+    assert hyper.encoding.kind == (None if word in ("mip_default", "mip_residual_only") else "cos_sin")
+    assert any(hyper.model.get_parameter(name).any() for name in hyper.names) == (word in ("mip_residual_only", "mip"))
+
+
+def test_any_network_may_stand_in_the_middle():
+    cfg = compose(["experiment=mip_digits", "model@model.model=convnet", "model.model.depth=2", "run_dir=x"])
+    check(cfg)
+    assert build(cfg, "model")(torch.zeros(2, 1, 8, 8), angle=90.0).shape == (2, 10)
 
 
 # ---------------------------------------------------------------------- several processes

@@ -1,6 +1,10 @@
 """What attaches to anyone's LightningModule and leaves it as it found it."""
 
 from hasten.callbacks.class_consistency import ClassConsistency
+from hasten.callbacks.dataset_distillation.evaluate_distilled import EvaluateDistilled
+from hasten.callbacks.dataset_distillation.export_distilled import ExportDistilled
+from hasten.callbacks.dataset_distillation.save_trajectory import SaveTrajectory
+from hasten.callbacks.dataset_distillation.skip_guard import SkipGuard
 from hasten.callbacks.distillation import Distillation
 from hasten.callbacks.ema import EMA
 from hasten.callbacks.exact_resume import ExactResume
@@ -16,11 +20,15 @@ __all__ = [
     "EMA",
     "ClassConsistency",
     "Distillation",
+    "EvaluateDistilled",
     "ExactResume",
+    "ExportDistilled",
     "ImageGrid",
     "MagnitudeProbe",
     "Progress",
     "SampleDistance",
+    "SaveTrajectory",
+    "SkipGuard",
     "Throughput",
     "TimestepSampling",
     "TokenMerging",

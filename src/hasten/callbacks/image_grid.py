@@ -1,12 +1,17 @@
 """ImageGrid: what the module draws, as pictures on disk and in the logger, every so many steps."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 from hasten.callbacks._sampling import sampling
@@ -19,8 +24,9 @@ class ImageGrid(Callback):
     """Draw the module's ``pictures()`` every ``every_n_steps`` optimizer steps and at the end of the fit.
 
     Each picture becomes ``<folder>/<name>_<step>.png`` and ``<folder>/<name>.png``, always the latest, and an image
-    in Weights & Biases or TensorBoard where that logger is on. Under EMA the averaged weights draw. Training does not
-    notice: evaluation mode, no gradients, random state as before.
+    in Weights & Biases or TensorBoard where that logger is on. A picture with a row for each of the datamodule's
+    ``class_names`` has these beside it. Under EMA the averaged weights draw. Training does not notice: evaluation mode,
+    no gradients, random state as before.
 
     Args:
         folder: where the pictures go; made if missing.
@@ -80,8 +86,11 @@ class ImageGrid(Callback):
         with sampling(trainer, pl_module):
             pictures = cast(HasPictures, pl_module).pictures()
         if trainer.is_global_zero:
+            class_names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
             for name, images in pictures.items():
                 image = self._picture(name, images)
+                if len(images) == len(class_names):
+                    image = labelled(image, class_names)
                 write_png(image, self.folder / f"{name}_{step:06d}.png")
                 write_png(image, self.folder / f"{name}.png")
                 log_image(trainer, name, image, step)
@@ -120,6 +129,25 @@ def tiled(images: Tensor) -> Tensor:
         torch.Size([3, 102, 252])
     """
     return make_grid(images.flatten(0, 1), nrow=images.size(1), padding=2, pad_value=1.0)
+
+
+def labelled(image: Tensor, names: Sequence[str]) -> Tensor:
+    """Write names left of rows that share the height of an image, (3, height, width) in [0, 1] -> the same, wider.
+
+    Example:
+        >>> import torch
+        >>> image = labelled(torch.zeros(3, 100, 50), ["ant", "bee"])
+        >>> image.size(1), image.size(2) > 50
+        (100, True)
+    """
+    font = ImageFont.load_default()
+    boxes = [font.getbbox(name) for name in names]
+    width = math.ceil(max(right for _, _, right, _ in boxes)) + 6
+    strip = Image.new("RGB", (width, image.size(1)), "white")
+    for row, (name, (_, top, right, bottom)) in enumerate(zip(names, boxes, strict=True)):
+        middle = (row + 0.5) * image.size(1) / len(names)
+        ImageDraw.Draw(strip).text((width - 3 - right, middle - (top + bottom) / 2), name, fill="black", font=font)
+    return torch.cat([pil_to_tensor(strip).to(image) / 255, image], dim=2)
 
 
 def write_png(image: Tensor, path: Path) -> None:

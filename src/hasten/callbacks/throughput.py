@@ -1,5 +1,6 @@
 """Throughput: samples and steps a second of the training alone."""
 
+import sys
 import time
 from typing import Any
 
@@ -55,7 +56,9 @@ class Throughput(Callback):
             self._batches_left -= 1
             self._begin_when_warm(trainer)
             return
-        self._samples += _batch_size(batch)
+        # a loader that hands out one item a batch may hand out one tensor of any length, all weights of an expert say
+        limit = getattr(trainer.train_dataloader, "batch_size", None) or sys.maxsize
+        self._samples += min(_batch_size(batch), limit)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         steps = trainer.global_step - self._step
         if steps == 0 or not every or trainer.global_step % every:

@@ -1,11 +1,13 @@
 """HyperNetwork: trains one network for a range of inputs, and evaluates it over a fixed grid of them."""
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
@@ -16,10 +18,12 @@ from torch import Generator, Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
 from hasten.errors import HastenError
-from hasten.nn import Choice, HyperModel, Range
+from hasten.modules._hypernet_plots import plotted_curve, plotted_trade_off
+from hasten.nn import Choice, HyperModel, Range, SeparateModels
 from hasten.optim import configure_optimizers, parameter_groups
 from hasten.optim.build import OptimizerFactory, SchedulerFactory
 
@@ -38,10 +42,10 @@ class HyperNetwork(LightningModule):
     The grid is ``grid`` values of each input, every one with every other; 16 seeded points where the inputs have more
     than two dimensions. Logs ``train/loss``, ``train/penalty``, and for the splits val and test ``val/loss``, the mean
     over the grid, ``val/loss_worst``, and ``val/loss@<input>=<value>``, the mean over all points with that value; and
-    each metric likewise.
+    each metric likewise. ``pictures()`` draws these curves.
 
     Args:
-        model: from ``hasten.nn.hypernetize``.
+        model: from ``hasten.nn.hypernetize``; or a ``SeparateModels``, its control.
         loss: (output, target, **inputs) -> a scalar or a number a sample.
         optimizer: called with parameter groups; hypernetwork, vectors and what the network names carry no weight decay.
             Needed to train.
@@ -51,10 +55,15 @@ class HyperNetwork(LightningModule):
         draw: "batch", one value of each input for all its samples, or "sample", a value and weights for each.
         grid: values of each input, at least 2; a Choice has all of its own.
         metrics: name -> a torchmetrics metric of (output, target); its ``higher_is_better`` says what is the worst.
+        ensemble: name -> a torchmetrics metric of (the outputs at all K points of the grid, (K, B, ...), target), for
+            targets that do not depend on the inputs; logged as ``val/<name>``.
+        flops: log ``val/mflops`` as well: millions of floating-point operations a sample, generation included.
+        trade_offs: score -> another, such as {"tv": "mse"}: pictures of the second over the first along the grid.
+        dots: the folder of a finished run whose scores are drawn beside the curves, such as that of separate models.
         seed: of the inputs drawn.
 
     Raises:
-        HastenError: for another model, word, number or metric.
+        HastenError: for another model, word, number, metric, score or folder.
 
     Source: MIP, arXiv:2304.07645.
 
@@ -68,7 +77,7 @@ class HyperNetwork(LightningModule):
 
     def __init__(
         self,
-        model: HyperModel,
+        model: HyperModel | SeparateModels,
         loss: Callable[..., Tensor],
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
@@ -78,10 +87,14 @@ class HyperNetwork(LightningModule):
         draw: str = "batch",
         grid: int = 9,
         metrics: Mapping[str, Metric] | None = None,
+        ensemble: Mapping[str, Metric] | None = None,
+        flops: bool = False,
+        trade_offs: Mapping[str, str] | None = None,
+        dots: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, HyperModel):
+        if not isinstance(model, (HyperModel, SeparateModels)):
             raise HastenError(
                 f"hypernetwork: model: expected a HyperModel, got {type(model).__name__}; make one with "
                 "hasten.nn.hypernetize(model, inputs)"
@@ -96,6 +109,14 @@ class HyperNetwork(LightningModule):
                     f"hypernetwork: metrics.{name}: expected a torchmetrics metric that is better higher or lower, got "
                     f"{type(metric).__name__}"
                 )
+        self._higher_is_better = {"loss": False} | {n: bool(m.higher_is_better) for n, m in (metrics or {}).items()}
+        if flops:
+            self._higher_is_better["mflops"] = False
+        for score in (name for pair in (trade_offs or {}).items() for name in pair):
+            if score not in self._higher_is_better:
+                raise HastenError(
+                    f"hypernetwork: trade_offs: expected pairs of {', '.join(self._higher_is_better)}, got {score!r}"
+                )
         inputs = model.encoding.inputs
         self.model = model
         self.loss = _Taking(loss, inputs)
@@ -105,8 +126,10 @@ class HyperNetwork(LightningModule):
         self.scheduler = scheduler
         self.draw = draw
         self.seed = seed
+        self.flops = flops
+        self.trade_offs = dict(trade_offs or {})
+        self._dots = {} if dots is None else _scores_of_run(Path(dots))
         self._points, self._curves = _grid(inputs, grid, seed)
-        self._higher_is_better = {"loss": False} | {n: bool(m.higher_is_better) for n, m in (metrics or {}).items()}
         # a metric for each point: what torchmetrics gathers is not always a mean over samples
         self._metrics = nn.ModuleDict(
             {
@@ -114,6 +137,7 @@ class HyperNetwork(LightningModule):
                 for split in _SPLITS
             }
         )
+        self._ensemble = nn.ModuleDict({split: nn.ModuleDict(deepcopy(dict(ensemble or {}))) for split in _SPLITS})
         self._validated: dict[str, Tensor] = {}  # score -> its value at every point, of the last validation
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
@@ -186,28 +210,69 @@ class HyperNetwork(LightningModule):
 
     def pictures(self) -> dict[str, Tensor]:
         """Every score of the last validation over every input, (1, 1, 3, H, W) in [0, 1]; nothing before the first."""
-        return {
-            f"{score}_over_{name}": _plotted(curve, values, score, name)[None, None]
-            for score, values in self._validated.items()
+        if not self._validated:
+            return {}
+        pictures = {
+            f"{score}_over_{name}": plotted_curve(
+                self._along(curve, score), curve.labels, score, name, self._dotted(curve, score, name)
+            )
+            for score in self._validated
             for name, curve in self._curves.items()
         }
+        pictures |= {
+            f"{y}_over_{x}_along_{name}": plotted_trade_off(
+                (self._along(curve, x), self._along(curve, y)),
+                curve.labels,
+                (x, y, name),
+                (self._dotted(curve, x, name), self._dotted(curve, y, name)),
+            )
+            for x, y in self.trade_offs.items()
+            for name, curve in self._curves.items()
+        }
+        return {name: picture[None, None] for name, picture in pictures.items()}
+
+    def _along(self, curve: "_Curve", score: str) -> list[float]:
+        """A score of the last validation at each value of a curve."""
+        return [float(self._validated[score][points].mean()) for points in curve.points]
+
+    def _dotted(self, curve: "_Curve", score: str, name: str) -> list[float | None]:
+        """The other run's score at each value of a curve, where it has one."""
+        return [self._dots.get(f"val/{score}@{name}={label}") for label in curve.labels]
 
     def _start_grid(self, split: str) -> None:
         self._sums = torch.zeros(len(self._points), device=self.device)
         self._samples = torch.zeros((), device=self.device)
+        self._mflops: list[float] = []
         for metrics in self._at_points(split):
             for metric in metrics.values():
                 metric.reset()
+        for metric in self._of_ensemble(split).values():
+            metric.reset()
 
     def _add_to_grid(self, split: str, batch: Any) -> None:
         samples = _rows(batch)
         self._samples += samples
+        count = self.flops and not self._mflops
+        outputs, target = [], None
         for k, (point, metrics) in enumerate(zip(self._points, self._at_points(split), strict=True)):
             inputs = {name: value.to(self.device) for name, value in point.items()}
             output, target = self._output_and_target(batch, inputs)
+            if count:
+                self._mflops.append(self._counted(batch, inputs) / samples / 1e6)
             self._sums[k] += samples * self.loss(inputs, output, target).mean()
             for metric in metrics.values():
                 metric.update(output, target)
+            if self._of_ensemble(split):
+                outputs.append(output)
+        for metric in self._of_ensemble(split).values():
+            metric.update(torch.stack(outputs), target)
+
+    def _counted(self, batch: Any, inputs: Mapping[str, Tensor]) -> int:
+        """Floating-point operations of a batch, two for a multiplication with addition."""
+        # the counter hooks tensors that want a gradient, which inference mode cannot give
+        with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._output_and_target(batch, inputs)
+        return counter.get_total_flops()
 
     def _log_grid(self, split: str) -> dict[str, Tensor]:
         """Log all scores; score -> its value at every point."""
@@ -217,6 +282,8 @@ class HyperNetwork(LightningModule):
         at_points = self._at_points(split)
         for name in at_points[0]:
             scores[name] = torch.stack([metrics[name].compute() for metrics in at_points])
+        if self.flops:
+            scores["mflops"] = torch.tensor(self._mflops, device=self.device)
         for name, values in scores.items():
             worst = values.min() if self._higher_is_better[name] else values.max()
             logged = {f"{split}/{name}": values.mean(), f"{split}/{name}_worst": worst}
@@ -224,11 +291,17 @@ class HyperNetwork(LightningModule):
                 for label, points in zip(curve.labels, curve.points, strict=True):
                     logged[f"{split}/{name}@{axis}={label}"] = values[points].mean()
             self.log_dict(logged, sync_dist=True)
+        for name, metric in self._of_ensemble(split).items():
+            self.log(f"{split}/{name}", metric.compute(), sync_dist=True)
         return {name: values.detach().cpu() for name, values in scores.items()}
 
     def _at_points(self, split: str) -> list[dict[str, Metric]]:
         """The metrics of every point, by name."""
         return [dict(cast(nn.ModuleDict, at_point).items()) for at_point in self._metrics[split]]  # type: ignore[misc]
+
+    def _of_ensemble(self, split: str) -> dict[str, Metric]:
+        """The metrics of all points together, by name."""
+        return dict(cast(nn.ModuleDict, self._ensemble[split]).items())  # type: ignore[misc]
 
 
 class _Taking(nn.Module):
@@ -303,36 +376,27 @@ def _rows(batch: Any) -> int:
     return len(tensor)
 
 
-def _plotted(curve: _Curve, values: Tensor, score: str, name: str) -> Tensor:
-    """A picture of a score over one input, (3, H, W) in [0, 1]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - only those who draw wait for it
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(5.6, 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # draws into memory, whatever backend the user has chosen
-    axes = figure.add_subplot()
-    axes.plot([float(values[points].mean()) for points in curve.points], "-o")
-    axes.axhline(mean := float(values.mean()), color="grey", linestyle=":", linewidth=1)
-    axes.annotate(f"mean {mean:.3g}", (0.99, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    # evenly, which is how the encoding sees values, those of a logarithmic range too
-    axes.set_xticks(range(len(curve.labels)), curve.labels)
-    axes.set_xlabel(name)
-    axes.set_ylabel(f"val/{score}")
-    canvas.draw()
-    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    width, height = canvas.get_width_height()
-    return pixels.view(height, width, 4)[..., :3].permute(2, 0, 1).float() / 255
+def _scores_of_run(folder: Path) -> dict[str, float]:
+    """The metrics that a finished run has left."""
+    try:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))["metrics"]
+    except (OSError, ValueError, KeyError) as error:
+        raise HastenError(
+            f"hypernetwork: dots: expected the folder of a finished run, found no result.json in {str(folder)!r}"
+        ) from error
 
 
 # ------------------------------------------------------------------ sharding
 
 
-def _shard(model: HyperModel, mesh: Any) -> None:
+def _shard(model: HyperModel | SeparateModels, mesh: Any) -> None:
     """Shard over all ranks of ``mesh``: the generating network as one unit, all the rest as another.
 
     Not block by block as ``hasten.nn.sharding`` does: the weights are made from the whole of the model's own before any
     of its blocks runs, and blocks are called with weights that no block holds.
     """
+    if isinstance(model, SeparateModels):
+        raise HastenError("hypernetwork: model: expected a HyperModel to shard, got SeparateModels; use one process")
     if isinstance(model, FSDPModule):
         return  # Lightning configures the model again before each of fit, validate and test
     ranks = init_device_mesh(mesh.device_type, (math.prod(mesh.shape),))  # see hasten.nn.sharding.shard

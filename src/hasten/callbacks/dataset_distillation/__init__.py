@@ -1,0 +1,1 @@
+"""What dataset distillation needs of a run: experts kept, a guard, an evaluation, an export."""

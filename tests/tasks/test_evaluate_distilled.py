@@ -1,0 +1,124 @@
+import json
+from functools import partial
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+
+from hasten.callbacks import EvaluateDistilled, ExportDistilled
+from hasten.datamodules import Digits, DistilledSet
+from hasten.errors import HastenError
+from hasten.formats import Distilled, write_trajectory
+from hasten.formats.pixels import PixelRange
+from hasten.nn import DSA, ConvNet, SyntheticSet
+from hasten.nn.dataset_distillation.flat import FlatModel
+from hasten.tasks.evaluate_distilled import evaluate_distilled
+
+NET = partial(ConvNet, 1, 8, 10, width=4, depth=2)
+
+
+class Distils(LightningModule):
+    """Real images to which a little is added at every step."""
+
+    def __init__(self):
+        super().__init__()
+        data = Digits()
+        first = [int((data.train_labels == label).nonzero()[0]) for label in range(10)]
+        self.synthetic = SyntheticSet(10, 1, (1, 8, 8), lr=0.05)
+        self.synthetic.fill(data.train_images(torch.tensor(first)), 8 * torch.eye(10))
+
+    def training_step(self, batch, batch_idx):
+        return self.synthetic.images.square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.synthetic.images], lr=1.0)
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """The folder of a fit that was evaluated and exported, and what the evaluation said."""
+    folder = tmp_path_factory.mktemp("distilled")
+    (folder / "config.yaml").write_text("model: {_target_: hasten.nn.ConvNet, width: 4, depth: 2}\n")
+    augment = DSA(["crop", "rotate"])
+    evaluate = EvaluateDistilled(
+        {"convnet": NET}, every=2, seeds=2, epochs=8, baselines=("random",), augment=augment, seed=3
+    )
+    trainer = Trainer(
+        accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[evaluate, ExportDistilled(folder, config=folder / "config.yaml")],
+    )  # fmt: skip
+    trainer.fit(Distils(), datamodule=Digits())
+    return folder, evaluate.table
+
+
+@pytest.mark.parametrize("name", ["final", "best"])
+def test_the_number_of_the_run_that_distilled_it_is_found_again(distilled, tmp_path, name):
+    folder, table = distilled
+    data = DistilledSet(folder / name, test=Digits())
+    metrics = evaluate_distilled(tmp_path, distilled=folder / name, data=data, seeds=2)
+    assert metrics["eval/convnet/acc"] == table.row(name, "convnet").mean
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["table"]["rows"]
+    found = next(row for row in rows if row["arm"] == "distilled")
+    assert found["accuracies"] == list(table.row(name, "convnet").accuracies)
+
+
+def test_other_nets_and_the_experts_labels_are_measured_too(distilled, tmp_path):
+    folder, _ = distilled
+    flat = FlatModel(NET())
+    theta = torch.stack([flat.flatten(NET()) for _ in range(2)])
+    about = {"names": flat.names, "shapes": flat.shapes, "recipe": {}, "train_acc": [0.0] * 2, "val_acc": [0.0] * 2}
+    write_trajectory(tmp_path / "experts" / "expert_0000.safetensors", theta, **about)
+    metrics = evaluate_distilled(
+        tmp_path,
+        distilled=folder / "best",
+        data=DistilledSet(folder / "best", test=Digits()),
+        nets=["convnet", "convnet_batch"],
+        seeds=1,
+        epochs=2,
+        whole_epochs=1,
+        baselines=["random", "random_soft", "whole"],
+        experts=tmp_path / "experts",
+    )
+    wanted = {
+        "convnet/acc",
+        "convnet_batch/acc",
+        "random/acc",
+        "random_soft/acc",
+        "whole/acc",
+        "hlr",
+        "ior",
+        "lrs",
+        "ars",
+    }
+    assert metrics.keys() == {f"eval/{name}" for name in wanted}
+    table = (tmp_path / "table.md").read_text()
+    assert "| distilled, no augmentation | convnet |" in table
+    assert "| random_soft, no augmentation | convnet |" in table
+
+
+def test_what_does_not_fit_is_refused_in_one_line(distilled, tmp_path):
+    folder = distilled[0] / "best"
+
+    def error(**changes):
+        given = {"distilled": folder, "data": DistilledSet(folder, test=Digits()), "epochs": 1} | changes
+        with pytest.raises(HastenError) as caught:
+            evaluate_distilled(tmp_path, **given)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "put hasten.datamodules.DistilledSet around it" in error(data=Digits(mean=0.3))
+    assert "nets: got 'resnet'; did you mean 'resnet18'?" in error(nets=["resnet"])
+    assert "set experts to their folder" in error(baselines=["random_soft"])
+    assert "expected a val split, got none" in error(data=DistilledSet(folder, test=Digits(val=0)))
+    assert "seeds: expected >= 1, got 0" in error(seeds=0)
+    assert "expected a folder with distilled.safetensors" in error(distilled=tmp_path)
+
+
+def test_a_set_that_says_nothing_of_its_evaluation_has_the_usual_one(tmp_path):
+    plain = PixelRange(torch.tensor(0.5), torch.tensor(0.5))
+    Distilled(torch.randn(10, 1, 8, 8), 5 * torch.eye(10), torch.arange(10), 0.05, plain).write(tmp_path)
+    convnet = {"width": 2, "depth": 1}
+    evaluate_distilled(tmp_path, distilled=tmp_path, data=Digits(), seeds=1, epochs=1, convnet=convnet, baselines=())
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [row["lr_from"] for row in found["table"]["rows"]] == ["learned"]
+    assert "'color'" in "".join(found["table"]["notes"])
