@@ -1,0 +1,295 @@
+"""Dataset distillation on the digits: MTT, DATM, EDF, DM, and the two baselines without which no number says anything.
+
+    python benchmarks/edf.py                 # 1 image a class, all arms, seeds 0, 1, 2; no download
+    python benchmarks/edf.py --ipc 10        # 10 images a class, half of the iterations
+    python benchmarks/edf.py --arms edf,datm --seeds 0
+
+Every run is a shipped experiment, started as a person would: experts, distillation, five fresh networks on the
+synthetic set. A seed draws its own experts, images and networks; the 400 test images are the same for all. An arm's
+step size for the images is one of two; it is chosen by the mean over the seeds of the accuracy on the holdout, 200
+images that no expert and no synthetic image has seen, and what is reported is the accuracy on the test images at that
+step size. The arms:
+
+    random         real images, hard labels; the step size of the networks chosen on the holdout
+    random_soft    the same images with the experts' logits as labels
+    dm             distribution matching
+    mtt            experts by SGD, hard labels, the window of all epochs
+    datm           experts by GSAM, soft labels, an expanding window
+    edf            datm and discriminative area enhancement, nothing dropped
+    edf_dropout    edf and common pattern dropout, a quarter of the parameters dropped
+    whole          all training images, hard labels: the ceiling
+
+About 40 minutes on two idle cores: two runs at a time, a process and a thread each (--workers). A run is written as
+soon as it is finished, and the same command goes on from there (--fresh begins anew).
+
+--check exits with 1 where at one image a class an arm that distils is not above random images with hard labels by more
+than three standard deviations, over seeds, of their difference. It asserts nothing about the arms among each other, nor
+about edf and datm: they differ by less than the seeds do.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import ROOT, Results, argument_parser, command, markdown_table, progress_bar, result_path
+
+CLAIM = "test accuracy of fresh networks trained on the synthetic set"
+
+
+class Arm(NamedTuple):
+    """A shipped experiment, what is changed in it, and the two step sizes that are tried."""
+
+    experiment: str
+    words: tuple[str, ...] = ()
+    rates: tuple[float, ...] = (10.0, 100.0)
+
+
+ARMS = {
+    "dm": Arm("dm_digits", rates=(1.0, 10.0)),
+    "mtt": Arm("mtt_digits"),
+    "datm": Arm("datm_digits"),
+    "edf": Arm("edf_digits", ("module.mask=null",)),
+    "edf_dropout": Arm("edf_digits"),
+}
+BASELINES = ("random", "random_soft", "whole")
+WHOLE_EPOCHS = 30  # over 1,197 images: more steps than 300 over ten
+PROTOCOLS = {
+    1: {"iterations": 800, "seeds": [0, 1, 2]},
+    10: {"iterations": 400, "seeds": [0, 1, 2]},
+}
+
+
+class Run(NamedTuple):
+    """What is measured by one process."""
+
+    arm: str
+    rate: float
+    seed: int
+    ipc: int
+    dry: bool
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def words(run: Run) -> list[str]:
+    """The command line of a run."""
+    arm = ARMS[run.arm]
+    iterations = PROTOCOLS[run.ipc]["iterations"]
+    folder = ROOT / "runs" / "benchmark_edf" / f"{run.arm}_{run.rate:g}_ipc{run.ipc}_seed{run.seed}"
+    tiny = [word for word in _tiny(arm.experiment) if not word.startswith("module.synthetic.ipc")] if run.dry else []
+    return [
+        f"experiment={arm.experiment}",
+        f"seed={run.seed}",
+        f"module.synthetic.ipc={run.ipc}",
+        f"module.lr_img={run.rate}",
+        f"trainer.max_steps={iterations}",
+        "callbacks.evaluate_distilled.baselines=[random,random_soft,whole]",
+        f"callbacks.evaluate_distilled.whole_epochs={WHOLE_EPOCHS}",
+        "logger=none",
+        *arm.words,
+        *tiny,
+        f"run_dir={folder}{'_dry' if run.dry else ''}",
+    ]
+
+
+def _tiny(experiment: str) -> list[str]:
+    from hasten.run import compose
+
+    return list(compose([f"experiment={experiment}"]).tiny)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """One run's row, with all that its evaluation found."""
+    import shutil
+
+    from hasten.run import compose
+    from hasten.run import run as run_experiment
+
+    torch.set_num_threads(1)
+    composed = compose(words(run))
+    shutil.rmtree(composed.run_dir, ignore_errors=True)  # of a benchmark that was interrupted
+    metrics = run_experiment(composed).metrics
+    shutil.rmtree(composed.run_dir)
+    return {
+        "claim": CLAIM,
+        "arm": f"{run.arm}, lr_img {run.rate:g}, ipc {run.ipc}",
+        "seed": run.seed,
+        "value": metrics["eval/convnet/acc_final"],
+        "unit": "fraction",
+        "name": run.arm,
+        "rate": run.rate,
+        "ipc": run.ipc,
+        "holdout": metrics["eval/acc"],
+        "metrics": {name: value for name, value in metrics.items() if name.startswith("eval/")},
+    }
+
+
+# ---------------------------------------------------------------------- the report
+
+
+class Found(NamedTuple):
+    """An arm at the step size that the holdout chose."""
+
+    rate: float | None
+    final: dict[int, float]
+    best: dict[int, float]
+
+
+def found(results: Results, arm: str, ipc: int) -> Found | None:
+    """What an arm reaches on the test images, by seed; None where it was not measured."""
+    rows = [row for row in results.rows if row["ipc"] == ipc]
+    if arm in BASELINES:
+        # every run of a seed has the baselines; those of datm, which has the experts' labels as edf has, are shown
+        of = {row["seed"]: row["metrics"] for row in rows if row["name"] == "datm"}
+        accuracies = {seed: metrics[f"eval/{arm}/acc"] for seed, metrics in sorted(of.items())}
+        return Found(None, accuracies, accuracies) if accuracies else None
+    by_rate: dict[float, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["name"] == arm:
+            by_rate.setdefault(row["rate"], {})[row["seed"]] = row
+    if not by_rate:
+        return None
+    rate = max(by_rate, key=lambda rate: statistics.fmean(row["holdout"] for row in by_rate[rate].values()))
+    chosen = dict(sorted(by_rate[rate].items()))
+    return Found(
+        rate,
+        {seed: row["metrics"]["eval/convnet/acc_final"] for seed, row in chosen.items()},
+        {seed: row["metrics"]["eval/convnet/acc_best"] for seed, row in chosen.items()},
+    )
+
+
+def report(results: Results, ipc: int) -> str:
+    """All arms as Markdown: the final set, and the one that was best on the holdout."""
+    lines = []
+    for arm in ("random", "random_soft", *ARMS, "whole"):
+        if (here := found(results, arm, ipc)) is not None:
+            rate = "" if here.rate is None else f"{here.rate:g}"
+            lines.append([arm, rate, _spread(here.final), "" if arm in BASELINES else _spread(here.best)])
+    table = markdown_table(["arm", "lr_img", f"final, {ipc} a class", "best on the holdout"], lines)
+    return f"{table}\n\nTest accuracy in %, mean ± standard deviation over seeds, in brackets every seed."
+
+
+def _spread(accuracies: dict[int, float]) -> str:
+    values = [100 * value for value in accuracies.values()]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation} ({', '.join(f'{value:.1f}' for value in values)})"
+
+
+def failures(results: Results, ipc: int) -> list[str]:
+    """What the measurement fails to show, a line each."""
+    random = found(results, "random", ipc)
+    lines = []
+    for arm in ARMS:
+        here = found(results, arm, ipc)
+        if random is None or here is None or len(here.final.keys() & random.final.keys()) < 3:
+            return ["check: expected all arms with at least three seeds; run them first"]
+        gains = [here.final[seed] - random.final[seed] for seed in here.final.keys() & random.final.keys()]
+        gain, deviation = statistics.fmean(gains), statistics.stdev(gains)
+        if not gain > 3 * deviation:
+            lines.append(
+                f"{arm}, {ipc} a class: expected more than three standard deviations above random images, got "
+                f"{100 * gain:.1f} ± {100 * deviation:.1f} points"
+            )
+    return lines
+
+
+def plot(results: Results, ipc: int, path: Path) -> None:
+    """A bar for each arm, a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from hasten.formats import whole_file
+
+    arms = [arm for arm in ("random", "random_soft", *ARMS, "whole") if found(results, arm, ipc) is not None]
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    for place, arm in enumerate(arms):
+        here = found(results, arm, ipc)
+        values = [100 * value for value in here.final.values()] if here else []
+        axes.bar(place, statistics.fmean(values), color="0.75" if arm in BASELINES else "C0", width=0.7)
+        axes.scatter([place] * len(values), values, color="black", s=12, zorder=3)
+    axes.set_xticks(range(len(arms)), arms)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(f"8x8 digits, {ipc} synthetic image{'s' if ipc > 1 else ''} a class (dots: seeds)", fontsize=10)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is not in the result file yet, and print all of it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--arms", type=_names, default=list(ARMS), help="some of " + ", ".join(ARMS))
+    parser.add_argument("--ipc", type=int, choices=sorted(PROTOCOLS), default=1, help="synthetic images a class")
+    parser.add_argument("--seeds", type=_numbers, help="e.g. 0,1,2")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a process and a thread each")
+    options = parser.parse_args(arguments)
+    protocol = {
+        "data": "digits",
+        "ipc": options.ipc,
+        "iterations": PROTOCOLS[options.ipc]["iterations"],
+        "whole_epochs": WHOLE_EPOCHS,
+        "arms": {name: [arm.experiment, *arm.words] for name, arm in ARMS.items()},
+        "rates": {name: list(arm.rates) for name, arm in ARMS.items()},
+        "dry_run": options.dry_run,
+    }
+    path = result_path(options, f"edf_digits_ipc{options.ipc}")
+    results = Results(path, protocol, command(__file__, arguments), fresh=options.fresh)
+    done = {(row["name"], row["rate"], row["seed"]) for row in results.rows}
+    wanted = [
+        Run(arm, rate, seed, options.ipc, options.dry_run)
+        for seed, arm in product(options.seeds or PROTOCOLS[options.ipc]["seeds"], options.arms)
+        for rate in ARMS[arm].rates
+    ]
+    missing = [run for run in wanted if (run.arm, run.rate, run.seed) not in done]
+    with progress_bar() as progress:
+        task = progress.add_task("runs", total=len(missing))
+        for row in _measured(missing, options.workers):
+            results.add(row)
+            progress.advance(task)
+    print(report(results, options.ipc))
+    plot(results, options.ipc, path.with_suffix(".png"))
+    if options.check and (failed := failures(results, options.ipc)):
+        raise SystemExit("\n".join(failed))
+
+
+def _measured(missing: Iterable[Run], workers: int) -> Iterator[dict[str, Any]]:
+    if workers == 1:
+        yield from map(measure, missing)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(measure, run) for run in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(ARMS)}, got {', '.join(unknown)}")
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
