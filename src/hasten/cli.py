@@ -7,14 +7,17 @@ torch or Lightning before a run starts, so that help and lists answer at once.
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten import __version__, registry
 from hasten.errors import HastenError, did_you_mean, on_one_line
+from hasten.interruption import Stopped, stopped_by_sigterm
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,7 +31,9 @@ hasten {version}: published methods that make training cheaper, for PyTorch Ligh
   python train.py experiment=NAME        train another; key=value changes anything in its config
   python train.py -m seed=0,1,2 ...      one run for each combination
   python train.py --cfg job ...          print the composed config instead of running it
+  python train.py ckpt_path=last ...     continue the newest unfinished run of the experiment, in its folder
   hasten list                            methods, experiments and data
+  hasten compare DIR...                  a table of runs, mean ± sd over seeds, and their curves
   (`python train.py` and `hasten` take the same words)
 
 Often changed: seed=1  trainer=gpu  trainer.max_steps=200  logger=wandb  data.batch_size=128  ckpt_path=PATH
@@ -45,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hasten list | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("hasten: interrupted; ckpt_path=<its folder>/checkpoints/last.ckpt continues the run", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Stopped) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT, "; no run had begun")
+        print(f"hasten: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -67,7 +73,8 @@ def _dispatch(words: list[str]) -> int:
     if "--version" in words:
         print(f"hasten {__version__}")
         return 0
-    _train(words)
+    with stopped_by_sigterm():
+        _train(words)
     return 0
 
 
@@ -92,6 +99,12 @@ def _list(words: list[str]) -> int:
     return 0
 
 
+def _compare(words: list[str]) -> int:
+    from hasten.compare import main
+
+    return main(words)
+
+
 def _refuse_words(command: str, words: list[str]) -> None:
     if words:
         raise HastenError(f"{command}: expected no further words, got {' '.join(words)!r}")
@@ -103,7 +116,7 @@ def _print_lines(summaries: Mapping[str, str]) -> None:
         print(f"  {name:<{width}}  {summary}")
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"help": _help, "list": _list}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"help": _help, "list": _list, "compare": _compare}
 
 
 # ------------------------------------------------------------------ runs
@@ -121,8 +134,9 @@ def _train(words: list[str]) -> None:
     sweep = parsed.multirun
     # what tells the jobs apart: lists (a,b), choices and ranges
     swept = {word.partition("=")[0] for word in parsed.overrides if re.search(r"[,(]", word)}
+    overrides = _continued(parsed.overrides, sweep=sweep)
     # Hydra wants the overrides in one piece, and --info before none of them
-    words = [*parsed.overrides, *(word for word in words if word not in parsed.overrides)]
+    words = [*overrides, *(word for word in words if word not in parsed.overrides)]
     wanted = os.environ.get("HYDRA_FULL_ERROR")
     failures: list[Exception] = []
 
@@ -153,6 +167,44 @@ def _train(words: list[str]) -> None:
         raise failures[0]
 
 
+def _continued(overrides: list[str], *, sweep: bool) -> list[str]:
+    """The words of a run: where they say ``ckpt_path=last``, those of the newest unfinished one, then the new ones."""
+    given = {word.partition("=")[0]: word.partition("=")[2].strip("'\"") for word in overrides}
+    if given.get("ckpt_path") != "last":
+        return overrides
+    # imported here: help and lists need no file locks
+    from hasten.run_folders import LAST, newest_unfinished, result_of
+
+    if sweep:
+        raise HastenError("ckpt_path: last: expected one run, got a sweep (--multirun); continue its jobs one by one")
+    if "run_dir" in given:
+        folder = Path(given["run_dir"])
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise HastenError("run_dir: required with ckpt_path=last under torchrun and SLURM, got nothing")
+    else:
+        folder = newest_unfinished(given.get("experiment") or _default_experiment())
+    result = result_of(folder)
+    if result.get("status", "complete") == "complete":
+        found = "one that is complete; to train it for longer give ckpt_path=FILE" if result else "none"
+        raise HastenError(f"ckpt_path: last: expected an unfinished run in {str(folder)!r}, found {found}")
+    print(f"continuing {folder}")
+    quoted = str(folder).replace("'", "\\'")
+    replaced = {*given, "run_dir", "ckpt_path"}
+    before = [word for word in result.get("overrides", []) if word.partition("=")[0] not in replaced]
+    new = [word for word in overrides if word.partition("=")[0] not in ("run_dir", "ckpt_path")]
+    last = [f"ckpt_path='{quoted}/{LAST.as_posix()}'"] if (folder / LAST).exists() else []
+    return [*before, *new, f"run_dir='{quoted}'", *last]
+
+
+def _default_experiment() -> str:
+    from importlib.resources import files
+
+    import yaml
+
+    train = yaml.safe_load(files("hasten").joinpath("configs/train.yaml").read_text(encoding="utf-8"))
+    return next(entry["experiment"] for entry in train["defaults"] if "experiment" in entry)
+
+
 def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     """One job of Hydra's: run it, print what it gave, and return its objective for a sweeper."""
     from hydra.core.hydra_config import HydraConfig
@@ -166,6 +218,7 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # of a run that goes on
     hydra_cfg = HydraConfig.get()
     words = list(hydra_cfg.overrides.task)
     paths = [word for word in hydra_cfg.overrides.hydra if word.startswith("hydra.searchpath=")]

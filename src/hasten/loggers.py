@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from hasten.formats import whole_file
+
 
 class MetricsFile(CSVLogger):
     """``<folder>/metrics.csv``: one row a logged step, continued where the file exists.
@@ -42,15 +44,53 @@ class MetricsFile(CSVLogger):
     def log_hyperparams(self, params: Any = None) -> None:  # type: ignore[override]
         """Nothing: config.yaml stands beside metrics.csv."""
 
+    def rows(self) -> int:
+        """Write what is pending, and count the rows of the file; on the process that writes it."""
+        self.save()
+        return self.experiment.rows
+
+    def keep(self, rows: int) -> None:
+        """Drop all but the first ``rows`` rows: those after it will be logged again."""
+        self.experiment.keep(rows)
+
 
 class _AppendingWriter(_ExperimentWriter):
-    """Lightning's writer, but an existing file is continued under its own header."""
+    """Lightning's writer, but an existing file is continued under its own header, and rewritten whole or not at all."""
+
+    rows = 0
+
+    def save(self) -> None:
+        pending = len(self.metrics)
+        super().save()
+        self.rows += pending
+
+    def keep(self, rows: int) -> None:
+        if rows < self.rows:
+            self._rewrite(self._read()[:rows])
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+            self.rows = len(self._read())
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._rewrite(self._read())
+
+    def _read(self) -> list[dict[str, str]]:
+        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        with (
+            whole_file(self.metrics_file_path) as unfinished,
+            unfinished.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        self.rows = len(rows)
 
 
 def wandb(folder: str | Path, project: str = "hasten", *, offline: bool | None = None, **kwargs: Any) -> WandbLogger:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -28,13 +29,17 @@ from hydra.errors import MissingConfigException
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hasten.check import build, check, check_first
+from hasten.checkpoints import Interruptible
 from hasten.errors import HastenError, did_you_mean, on_one_line
 from hasten.formats import whole_file, write_json
+from hasten.interruption import Stopped
+from hasten.run_folders import LAST, claimed, result_of, resumes_by_files
 
 T = TypeVar("T")
 _RANK_FOLDER = "HASTEN_RUN_DIR"
@@ -89,6 +94,7 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
 
     Raises:
         HastenError: everything that is wrong with the config, a line each, before anything expensive.
+        Stopped: where SIGTERM, or Ctrl-C, has asked the run to end.
     """
     cfg = cfg.copy()
     check_first(cfg)
@@ -100,7 +106,8 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
         check(cfg)
         for stage in stages:
             _complete(stage)
-        return _run(cfg, folder)
+        with _stopped_in_our_words(cfg, folder, f"run_dir={folder} ckpt_path=last continues it"):
+            return _run(cfg, folder)
 
 
 def _run(cfg: DictConfig, folder: Path) -> Result:
@@ -190,19 +197,29 @@ def _claimed_folder(cfg: DictConfig, sweep: str) -> Iterator[Path]:
         raise HastenError(
             "run_dir: required under torchrun and SLURM, got null; add run_dir=FOLDER, the same for all processes"
         )
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield Path(str(cfg.run_dir))
+        return
     folder = _new_folder(cfg, sweep) if cfg.run_dir is None else Path(cfg.run_dir)
-    if (folder / "result.json").exists() and cfg.ckpt_path is None:
-        raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HastenError(f"run_dir: cannot make {str(folder)!r}: {error.strerror}; choose another folder") from error
     try:
-        yield folder
+        with claimed(folder):
+            _check_free(cfg, folder)
+            yield folder
     finally:
         for empty in (folder, folder.parent):
             with suppress(OSError):
                 empty.rmdir()
+
+
+def _check_free(cfg: DictConfig, folder: Path) -> None:
+    """Whether a run may write to ``folder``: one that goes on there, or the first."""
+    goes_on = cfg.ckpt_path is not None or (resumes_by_files(cfg) and result_of(folder).get("status") != "complete")
+    if (folder / "result.json").exists() and not goes_on:
+        raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
 
 
 def _new_folder(cfg: DictConfig, sweep: str) -> Path:
@@ -224,7 +241,7 @@ def _recorded(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] | None) -
     Args:
         loggers: of the run, to be closed with it; None on a process that does not write.
     """
-    started = time.monotonic()
+    started = time.monotonic() - result_of(folder).get("duration_s", 0.0)  # of a run that goes on
     result: dict[str, Any] = {
         "status": "running",
         "metrics": {},
@@ -245,12 +262,20 @@ def _recorded(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] | None) -
         os.environ[_RANK_FOLDER] = str(folder)
         with whole_file(folder / "config.yaml") as unfinished:
             OmegaConf.save(cfg, unfinished, resolve=True)
+        (folder / "traceback.txt").unlink(missing_ok=True)  # of the same run, before it went on
+        for unfinished in folder.glob("checkpoints/.*.ckpt"):
+            unfinished.unlink()  # what a process was writing when it was killed
     write("running")
     try:
         yield result
+    except (KeyboardInterrupt, SystemExit, Stopped):
+        with suppress(OSError):
+            write("interrupted")
+        raise
     except BaseException as error:
-        write("interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
-        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        with suppress(OSError):  # a full disk is what may have failed
+            write("failed")
+            (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         raise
     finally:
         os.environ.pop(_RANK_FOLDER, None)
@@ -262,11 +287,17 @@ def _recorded(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] | None) -
 
 @contextmanager
 def _in_our_words(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
-    """Lightning's complaints about a set-up as HastenError, and its answer to Ctrl-C as KeyboardInterrupt."""
+    """Lightning's complaints about a set-up as HastenError, and its ways to end when asked to as Stopped."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    asked = lambda: next((c.asked for c in callbacks if isinstance(c, Interruptible) and c.asked), None)  # noqa: E731
     try:
         yield
+    except SIGTERMException as error:
+        if not trainer.is_global_zero:
+            raise SystemExit(0) from error  # Lightning kills a main process whose others end with anything else
+        raise Stopped(asked() or signal.SIGTERM) from error
     except SystemExit as error:
-        if error.code == 1:  # Lightning has closed everything and would leave without a word
+        if error.code == 1:  # Lightning, after Ctrl-C: it has closed everything and would leave without a word
             raise KeyboardInterrupt from error
         raise
     except MisconfigurationException as error:
@@ -274,6 +305,26 @@ def _in_our_words(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
             logged = did_you_mean(cfg.objective.metric, trainer.callback_metrics)
             raise HastenError(f"objective.metric: nothing logs {cfg.objective.metric!r}{logged}") from error
         raise HastenError(f"trainer: {on_one_line(error)}") from error
+    except Exception as error:
+        if signum := asked():  # as where the workers of a loader were asked to end too
+            raise Stopped(signum) from error
+        raise
+
+
+@contextmanager
+def _stopped_in_our_words(cfg: DictConfig, folder: Path, go_on: str) -> Iterator[None]:
+    """Name the folder, and how to go on, where a run is asked to end."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+        if (folder / LAST).exists():
+            then = f"; {folder} holds its last checkpoint: {go_on}"
+        elif resumes_by_files(cfg):
+            then = f"; {folder} holds what is done: {go_on}"
+        else:
+            then = f" before there was a checkpoint; {folder} can be deleted"
+        raise Stopped(signum, then) from error
 
 
 def _versions() -> dict[str, str]:
@@ -328,15 +379,15 @@ def _recipe_hash(stage: DictConfig) -> str:
 
 
 def _complete(stage: DictConfig) -> None:
-    """Run a stage unless its folder says that it is complete; one process at a time."""
+    """Run a stage, or the rest of it, unless its folder says that it is complete; one process at a time."""
     folder = Path(stage.run_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        try:
-            status = json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            status = "not started"
-        if status != "complete":
+        if result_of(folder).get("status") == "complete":
+            return
+        if (folder / LAST).exists():
+            stage.ckpt_path = str(folder / LAST)  # of the same recipe: the folder is named by it
+        with _stopped_in_our_words(stage, folder, "the same words continue it"):
             _run(stage, folder)
 
 

@@ -29,7 +29,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        _to_disk(unfinished)  # before the rename: else, after a loss of power, the name may stand without the content
         os.replace(unfinished, path)
+        _to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -45,6 +47,16 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _to_disk(path: Path) -> None:
+    if os.name != "posix":  # Windows opens no folders, and syncs only what is open for writing
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
