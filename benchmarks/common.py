@@ -217,7 +217,8 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """What was measured, and by what; peers where they are installed."""
     found = {"python": platform.python_version()}
-    for name in ("hasten", "torch", "diffusers", "torchmetrics", "timm", "triton", "mamba-ssm", "mambapy"):
+    peers = ("triton", "mamba-ssm", "mambapy", "hyperlight")
+    for name in ("hasten", "torch", "diffusers", "torchmetrics", "timm", *peers):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
