@@ -91,7 +91,9 @@ def words(run: Run) -> list[str]:
         f"module.synthetic.ipc={run.ipc}",
         f"module.lr_img={run.rate}",
         f"trainer.max_steps={iterations}",
-        "callbacks.evaluate_distilled.baselines=[random,random_soft,whole]",
+        # once a seed: they do not depend on what is distilled
+        f"callbacks.evaluate_distilled.baselines=[{','.join(BASELINES) if run.arm == 'datm' else ''}]",
+        "callbacks.evaluate_distilled.scores=false",
         f"callbacks.evaluate_distilled.whole_epochs={WHOLE_EPOCHS}",
         "logger=none",
         *arm.words,
@@ -147,7 +149,7 @@ def found(results: Results, arm: str, ipc: int) -> Found | None:
     """What an arm reaches on the test images, by seed; None where it was not measured."""
     rows = [row for row in results.rows if row["ipc"] == ipc]
     if arm in BASELINES:
-        # every run of a seed has the baselines; those of datm, which has the experts' labels as edf has, are shown
+        # the runs of datm have them
         of = {row["seed"]: row["metrics"] for row in rows if row["name"] == "datm"}
         accuracies = {seed: metrics[f"eval/{arm}/acc"] for seed, metrics in sorted(of.items())}
         return Found(None, accuracies, accuracies) if accuracies else None
