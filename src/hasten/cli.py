@@ -219,6 +219,9 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
     warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # of a run that goes on
+    # data sets are distilled without Lightning's own validation, and checkpoints are written between two iterations
+    warnings.filterwarnings("ignore", message=".*`val_dataloader` but have no `validation_step`")
+    warnings.filterwarnings("ignore", message=".*ModelCheckpoint.* with manual optimization")
     hydra_cfg = HydraConfig.get()
     words = list(hydra_cfg.overrides.task)
     paths = [word for word in hydra_cfg.overrides.hydra if word.startswith("hydra.searchpath=")]

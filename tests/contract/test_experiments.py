@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning import LightningDataModule, Trainer
 from omegaconf import open_dict
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,6 +25,12 @@ DIGITS = [name for name in EXPERIMENTS if name.endswith("_digits")]
 def _header(name: str) -> dict[str, str]:
     text = (ROOT / "src/hasten/configs/experiment" / f"{name}.yaml").read_text()
     return dict(re.findall(r"^# (\w+): +(.+)$", text, flags=re.MULTILINE))
+
+
+def _defaults(name: str) -> set[str]:
+    """The files that it begins with."""
+    config = yaml.safe_load((ROOT / "src/hasten/configs/experiment" / f"{name}.yaml").read_text())
+    return {entry for entry in config.get("defaults", []) if isinstance(entry, str)}
 
 
 def _words(name: str) -> list[str]:
@@ -163,19 +170,21 @@ def test_the_module_of_an_experiment_trains_in_its_tiny_form(name):
         assert module.generate(2).shape == (2, cfg.image.channels, cfg.image.size, cfg.image.size)
 
 
-# a stage of another one runs in full with that
+# a stage of another one runs in full with that, and what only changes settings of another one is as long as that
 STAGES = {stage for name in DIGITS for stage in compose([f"experiment={name}"]).first}
+VARIANTS = {name for name in DIGITS if _defaults(name) & set(EXPERIMENTS)}
 
 
 @pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(DIGITS) - set(PLAIN)))
 def test_the_module_of_an_experiment_on_wrapped_data_can_be_built(name):
-    cfg = compose([*_words(name), "run_dir=x"])
+    words = _words(name)
+    cfg = compose([*words, *compose(words).tiny, "run_dir=x"])  # tiny: without pretrained weights
     if cfg.task is None:
         build(cfg, "module")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(DIGITS) - STAGES))
+@pytest.mark.parametrize("name", sorted(set(DIGITS) - STAGES - VARIANTS))
 def test_a_digits_experiment_runs_in_full(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(compose([f"experiment={name}"])).metrics

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +139,28 @@ def test_another_network_is_refused_by_its_first_difference():
 def test_a_theta_of_another_size_is_refused(use):
     with pytest.raises(ValueError, match=r"theta: expected one vector of 8 parameters, got \(9,\)"):
         use(FlatModel(nn.Linear(3, 2)), torch.zeros(9))
+
+
+def test_drawn_parameters_are_a_layers_own_and_the_global_generator_is_left_alone():
+    flat, before = FlatModel(ConvNet(1, 8, 10, width=4, depth=2)), torch.get_rng_state()
+    one, other, again = flat.drawn(5), flat.drawn(6), flat.drawn(5)
+    assert torch.get_rng_state().equal(before)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    weight = flat.filled(one).classifier.weight
+    bound = 1 / math.sqrt(weight.shape[1])  # a linear layer's own initialisation
+    assert 0.9 * bound < weight.abs().max() <= bound
+    assert torch.equal(flat.filled(one).blocks[0][1].weight, torch.ones(4))  # a norm's
+
+
+def test_a_layer_that_cannot_draw_its_parameters_is_named():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.scale * x
+
+    flat = FlatModel(nn.Sequential(nn.Linear(3, 3), Scaled()))
+    with pytest.raises(ValueError, match="got Scaled at '1' without"):
+        flat.drawn(0)

@@ -2,7 +2,6 @@
 
 from functools import cached_property
 from pathlib import Path
-from random import Random
 
 import torch
 from lightning import LightningDataModule
@@ -11,6 +10,7 @@ from torch.utils.data import Dataset
 
 from hasten.datamodules.around import AroundData
 from hasten.datamodules.loader import EpochLoader
+from hasten.functional.draws import generator_of
 from hasten.errors import HastenError
 from hasten.formats.trajectories import Trajectory, open_trajectories
 
@@ -82,7 +82,7 @@ class _OfEveryClass(Dataset[Tensor]):
 
     def batch(self, indices: list[int]) -> Tensor:
         (iteration,) = indices
-        generator = Generator().manual_seed(Random(f"{self.batches.seed} {iteration}").getrandbits(63))
+        generator = generator_of(self.batches.seed, iteration)
         rows = [_drawn(members, self.batches.per_class, generator) for members in self.members]
         return self.batches.train_images(torch.cat(rows)).unflatten(0, (len(rows), -1))
 

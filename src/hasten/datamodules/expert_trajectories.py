@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 
 from hasten.datamodules.around import AroundData
 from hasten.datamodules.loader import EpochLoader
+from hasten.functional.draws import generator_of
 from hasten.errors import HastenError
 from hasten.formats import Trajectory, open_trajectories
 from hasten.formats.trajectories import recipe_difference
@@ -179,9 +179,9 @@ class Segments(Dataset[Any]):
         """The segment of the one index in ``indices``; those of all processes at an iteration follow each other."""
         (index,) = indices
         turn, place = divmod(index, self.experts)
-        expert = int(torch.randperm(self.experts, generator=_generator(self.seed, "turn", turn))[place])
+        expert = int(torch.randperm(self.experts, generator=generator_of(self.seed, "turn", turn))[place])
         low, upper = self.window["min_start"], start_window(index // self.processes, **self.window)
-        epoch = int(torch.randint(low, upper, (), generator=_generator(self.seed, "start", index)))
+        epoch = int(torch.randint(low, upper, (), generator=generator_of(self.seed, "start", index)))
         return {
             "start": self.rows(expert, epoch),
             "target": self.rows(expert, epoch + self.expert_epochs),
@@ -194,10 +194,6 @@ class Segments(Dataset[Any]):
 def _check(key: str, value: int, *, at_least: int) -> None:
     if value < at_least:
         raise HastenError(f"expert_trajectories: {key}: expected >= {at_least}, got {value}")
-
-
-def _generator(*purpose: str | int) -> Generator:
-    return Generator().manual_seed(Random(" ".join(map(str, purpose))).getrandbits(63))
 
 
 def _resident(experts: list[Trajectory], first: int, last: int) -> Callable[[int, int], Tensor]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from random import Random
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from hasten.errors import HastenError, did_you_mean
 from hasten.functional import noise_zones
+from hasten.functional.draws import seed_of
 from hasten.nn import LinearSkip, TimestepSampler, UniformSampler, alphas_cumprod
 from hasten.nn.sharding import shard
 from hasten.optim import configure_optimizers, parameter_groups
@@ -167,7 +167,7 @@ class Diffusion(LightningModule):
 
     def _seed_from(self, seed: int) -> int:
         """A seed for this rank at this step; a plain sum would give rank 1 that of rank 0 a step later."""
-        return Random(f"{seed} {self.global_rank} {self.global_step}").getrandbits(63)
+        return seed_of(seed, self.global_rank, self.global_step)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self._images_and_labels(batch)

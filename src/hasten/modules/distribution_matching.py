@@ -9,6 +9,7 @@ from lightning import LightningModule
 from torch import Generator, Tensor, nn
 
 from hasten.errors import HastenError
+from hasten.functional.draws import generator_of
 from hasten.functional.matching import mean_matching_loss
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.flat import FlatModel
@@ -83,10 +84,18 @@ class DistributionMatching(LightningModule):
                 "distribution_matching: augment: expected share='batch', which treats real and synthetic images alike, "
                 f"got share={augment.share!r}"
             )
-        _check_layers(model)
-        # no children: what they hold is drawn at every iteration, and belongs in no checkpoint
-        self._template = (model,)
-        self._flat = FlatModel(model)
+        if not callable(getattr(model, "features", None)):
+            raise HastenError(
+                "distribution_matching: model: expected a method features, (B, C, H, W) -> (B, F), got "
+                f"{type(model).__name__} without; ConvNet has it"
+            )
+        self._flat = FlatModel(
+            model
+        )  # no child: what it holds is drawn at every iteration, and belongs in no checkpoint
+        try:
+            self._flat.check_drawable()
+        except ValueError as error:
+            raise HastenError(f"distribution_matching: model: {error}") from error
         # what is not learned asks for no gradient, so that no process waits for one
         self.synthetic = synthetic
         self.synthetic.labels.requires_grad_(False)
@@ -104,7 +113,8 @@ class DistributionMatching(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         draws = Random(f"{self.seed} {self.global_rank} {int(self.iteration)}")
-        net = self._random_net(draws.getrandbits(63))
+        theta = self._flat.drawn(draws.getrandbits(63)).to(self.device)
+        net: Any = self._flat.filled(theta).requires_grad_(False)
         generator = Generator().manual_seed(draws.getrandbits(63))
         real, synthetic = [], []
         for of_class, images in zip(batch, self._classes(self.synthetic.images), strict=True):
@@ -127,16 +137,6 @@ class DistributionMatching(LightningModule):
     def configure_optimizers(self) -> torch.optim.SGD:
         return torch.optim.SGD([self.synthetic.images], lr=self.lr_img, momentum=self.momentum)
 
-    def _random_net(self, seed: int) -> Any:
-        """A network with the initial weights of its layers, on the module's device."""
-        (template,) = self._template
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's: every device has the same network
-            for layer in template.modules():
-                if callable(reset := getattr(layer, "reset_parameters", None)):
-                    reset()
-        return self._flat.filled(self._flat.flatten(template).to(self.device)).requires_grad_(False)
-
     # ------------------------------------------------------------------ the start of a fit
 
     def on_fit_start(self) -> None:
@@ -155,7 +155,7 @@ class DistributionMatching(LightningModule):
             )
         if self.iteration > 0:
             return
-        generator = Generator().manual_seed(Random(f"{self.seed} init").getrandbits(63))
+        generator = generator_of(self.seed, "init")
         try:
             images, labels = self.init(
                 data, self._flat, data.experts, ipc=self.synthetic.ipc, generator=generator, device=self.device
@@ -184,18 +184,3 @@ class DistributionMatching(LightningModule):
     def _by_class(self, tensor: Tensor) -> Tensor:
         """The first of each class, (N, ...) -> (K, at most 10, ...)."""
         return self._classes(tensor)[:, :_COLUMNS]
-
-
-def _check_layers(model: nn.Module) -> None:
-    """Whether ``model`` embeds, and can be drawn anew."""
-    if not callable(getattr(model, "features", None)):
-        raise HastenError(
-            "distribution_matching: model: expected a method features, (B, C, H, W) -> (B, F), got "
-            f"{type(model).__name__} without; ConvNet has it"
-        )
-    for name, layer in model.named_modules():
-        if next(layer.parameters(recurse=False), None) is not None and not hasattr(layer, "reset_parameters"):
-            raise HastenError(
-                "distribution_matching: model: expected layers with reset_parameters, which draws them anew, got "
-                f"{type(layer).__name__} at {name!r} without"
-            )

@@ -5,16 +5,15 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from random import Random
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hasten.errors import HastenError
+from hasten.functional.draws import generator_of, seed_of
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.flat import FlatModel
 from hasten.optim import configure_optimizers, parameter_groups
@@ -82,11 +81,12 @@ class ExpertTraining(LightningModule):
         for name, value in (("experts", experts), ("epochs", epochs)):
             if value < 1:
                 raise HastenError(f"expert_training: {name}: expected >= 1, got {value}")
-        _check_drawn_anew(model)
         self.form = FlatModel(model)
+        try:
+            self.form.check_drawable()
+        except ValueError as error:
+            raise HastenError(f"expert_training: model: {error}") from error
         self.model = model
-        # on the CPU and outside of the module tree: weights are drawn here, the same for every device
-        self._template = (copy.deepcopy(model).cpu(),)
         self.optimizer = optimizer
         self.experts = experts
         self.epochs = epochs
@@ -193,7 +193,7 @@ class ExpertTraining(LightningModule):
         if hasattr(loader, "epoch") and hasattr(loader, "position"):  # an EpochLoader's order follows its own epoch
             loader.epoch, loader.position = self.expert * self.epochs + self.epoch, 0
         if self.epoch == 0:
-            self.load_theta(self._drawn_theta())
+            self.load_theta(self.form.drawn(seed_of(self.seed, "weights", self.expert)))
             self.trainer.optimizers[0].load_state_dict(self._new_optimizer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -203,7 +203,7 @@ class ExpertTraining(LightningModule):
         images, labels = batch
         if self.augment is not None:
             # a function of the batch: an optimizer such as GSAM comes here twice, and must see the same images
-            generator = Generator().manual_seed(self._seed("augment", self.expert, self.epoch, batch_idx))
+            generator = generator_of(self.seed, "augment", self.expert, self.epoch, batch_idx)
             images = self.augment(images, self.augment.draw(len(images), images.shape[-1], generator))
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)
@@ -241,31 +241,9 @@ class ExpertTraining(LightningModule):
         made = configure_optimizers(parameter_groups(self.model), self.optimizer, None, total_steps=lambda: 0)
         return made["optimizer"]
 
-    def _drawn_theta(self) -> Tensor:
-        """The first weights of this expert, (P,)."""
-        (template,) = self._template
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed("weights", self.expert))
-            for layer in template.modules():
-                if callable(reset := getattr(layer, "reset_parameters", None)):
-                    reset()
-        return self.form.flatten(template)
-
-    def _seed(self, *purpose: str | int) -> int:
-        return Random(" ".join(map(str, (self.seed, *purpose)))).getrandbits(63)
-
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels).float().mean()
-
-
-def _check_drawn_anew(model: nn.Module) -> None:
-    for name, layer in model.named_modules():
-        if next(layer.parameters(recurse=False), None) is not None and not hasattr(layer, "reset_parameters"):
-            raise HastenError(
-                "expert_training: model: expected layers with reset_parameters, to draw every expert anew, got "
-                f"{type(layer).__name__} at {name!r} without"
-            )
 
 
 # ---------------------------------------------------------------------- the recipe

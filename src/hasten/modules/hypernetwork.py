@@ -8,7 +8,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from random import Random
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
 from hasten.errors import HastenError
+from hasten.functional.draws import seed_of
 from hasten.modules._hypernet_plots import plotted_curve, plotted_trade_off
 from hasten.nn import Choice, HyperModel, Range, SeparateModels
 from hasten.optim import configure_optimizers, parameter_groups
@@ -178,7 +178,7 @@ class HyperNetwork(LightningModule):
     def _step_seed(self, batch_idx: int) -> int:
         """A seed for this rank at this batch; a plain sum would give rank 1 that of rank 0 a step later."""
         # the batch as well: those of an accumulated step share the number of the step
-        return Random(f"{self.seed} {self.global_rank} {self.global_step} {batch_idx}").getrandbits(63)
+        return seed_of(self.seed, self.global_rank, self.global_step, batch_idx)
 
     def _output_and_target(self, batch: Any, inputs: Mapping[str, Tensor]) -> tuple[Any, Any]:
         pair = batch if self.transform is None else self.transform(inputs, batch)

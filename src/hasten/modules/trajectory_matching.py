@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from hasten.errors import HastenError
 from hasten.formats.trajectories import Trajectory
+from hasten.functional.draws import generator_of
 from hasten.functional.matching import (
     InnerStep,
     Mask,
@@ -231,7 +231,7 @@ class TrajectoryMatching(LightningModule):
         return self._guide_weight
 
     def _generator(self, *purpose: str | int) -> Generator:
-        return Generator().manual_seed(Random(" ".join(map(str, (self.seed, *purpose)))).getrandbits(63))
+        return generator_of(self.seed, *purpose)
 
     # ------------------------------------------------------------------ the start of a fit
 

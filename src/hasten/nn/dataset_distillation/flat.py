@@ -64,6 +64,32 @@ class FlatModel:
         """A new network in eval mode with these parameters; it shares no memory with theta."""
         return _copy(self._template, {name: part.detach().clone() for name, part in self._parts(theta).items()})
 
+    def drawn(self, seed: int) -> Tensor:
+        """Initial parameters as the layers draw them, (P,), on the CPU; a function of ``seed``.
+
+        Raises:
+            ValueError: for a layer with parameters and without ``reset_parameters``.
+        """
+        self.check_drawable()
+        net = _copy(
+            self._template, {name: torch.empty(shape) for name, shape in zip(self.names, self.shapes, strict=True)}
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+            for layer in net.modules():
+                if callable(reset := getattr(layer, "reset_parameters", None)):
+                    reset()
+        return self.flatten(net)
+
+    def check_drawable(self) -> None:
+        """Whether every layer knows how to draw its parameters; what ``drawn`` needs."""
+        for name, layer in self._template.named_modules():
+            if next(layer.parameters(recurse=False), None) is not None and not hasattr(layer, "reset_parameters"):
+                raise ValueError(
+                    "FlatModel: expected layers with reset_parameters, which draws them anew, got "
+                    f"{type(layer).__name__} at {name!r} without"
+                )
+
     def _parts(self, theta: Tensor) -> dict[str, Tensor]:
         if theta.shape != (self.numel,):
             raise ValueError(
