@@ -93,7 +93,7 @@ def words(run: Run) -> list[str]:
         f"trainer.max_steps={iterations}",
         # once a seed: they do not depend on what is distilled
         f"callbacks.evaluate_distilled.baselines=[{','.join(BASELINES) if run.arm == 'datm' else ''}]",
-        "callbacks.evaluate_distilled.scores=false",
+        "+callbacks.evaluate_distilled.scores=false",
         f"callbacks.evaluate_distilled.whole_epochs={WHOLE_EPOCHS}",
         "logger=none",
         *arm.words,
