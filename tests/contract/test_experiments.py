@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning import LightningDataModule, Trainer
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from torch.utils.data import DataLoader, TensorDataset
 
 from hasten import registry
@@ -66,12 +66,21 @@ def test_the_header_of_an_experiment_gives_command_cost_and_expected_result(name
 )
 def test_every_option_of_a_group_composes_and_is_found_right(group, option):
     owed = {
-        "image_folder": ["data.root=data", "image.num_classes=2"],
-        "imagenet": ["data.root=data"],
+        "image_folder": ["image.num_classes=2"],
+        "imagenet_classes": ["data.subset=[n01440764,n01443537]", "image.num_classes=2"],
         "sample_distance": ["callbacks.sample_distance.feature_net.checkpoint=net.ckpt"],
     }
-    experiment = "speed_digits" if group in ("timestep_sampler", "noise_scheduler") else "classify_digits"
-    check(compose([f"experiment={experiment}", f"{group}={option}", "run_dir=x", *owed.get(option, [])]))
+    uses = {
+        "timestep_sampler": "speed_digits",
+        "noise_scheduler": "speed_digits",
+        "gsam": "experts_digits",
+        "save_trajectory": "experts_digits",
+    }
+    experiment = uses.get(option) or uses.get(group) or "classify_digits"
+    words = [f"experiment={experiment}", f"{group}={option}", "run_dir=x", *owed.get(option, [])]
+    if group == "data" and OmegaConf.is_missing(compose(words).data, "root"):
+        words.append("data.root=data")
+    check(compose(words))
 
 
 def test_another_data_set_is_one_word():
