@@ -244,6 +244,12 @@ def test_a_stage_takes_the_seed_and_the_data_of_the_run_that_needs_it(staged):
     assert sum("batch_size: 32" in text for text in configs) == 1
 
 
+def test_what_a_constructor_refuses_is_said_before_the_stages_run(staged, capsys):
+    assert main([*staged, "+module.label_smoothing=2"]) == 1
+    assert capsys.readouterr().err.startswith("hasten: module: classification: label_smoothing: expected")
+    assert not Path("runs").exists() or not list(Path("runs").glob("stages/*/"))
+
+
 def test_a_stage_can_be_asked_for_in_its_tiny_form(staged):
     assert main([*staged, "first=[small:tiny]"]) == 0
     (stage,) = [path for path in Path("runs/stages").iterdir() if path.is_dir()]

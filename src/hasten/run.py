@@ -104,6 +104,7 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
         for stage in stages:
             check(stage)
         check(cfg)
+        _rehearse(cfg, [stage.run_dir for stage in stages])
         for stage in stages:
             _complete(stage)
         with _stopped_in_our_words(cfg, folder, f"run_dir={folder} ckpt_path=last continues it"):
@@ -376,6 +377,19 @@ def _recipe_hash(stage: DictConfig) -> str:
     recipe = OmegaConf.masked_copy(stage, [key for key in map(str, stage) if key not in ("overrides", "logger")])
     text = json.dumps(OmegaConf.to_container(recipe), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _rehearse(cfg: DictConfig, folders: Sequence[str]) -> None:
+    """Build what waits for no stage: a value that a constructor refuses is said before the stages have run."""
+    if not folders:
+        return
+    nodes = {"module": LightningModule} | {f"callbacks.{name}": Callback for name in cfg.callbacks or {}}
+    for key, kind in nodes.items():
+        node = OmegaConf.select(cfg, key)
+        if node is not None and not any(
+            folder in str(OmegaConf.to_container(node, resolve=True)) for folder in folders
+        ):
+            _built(cfg, key, kind)
 
 
 def _complete(stage: DictConfig) -> None:
