@@ -183,6 +183,15 @@ def test_it_goes_on_with_averaged_weights_from_the_middle_of_a_validation(tmp_pa
     goes_on([*words, ask("on_validation_batch_start", 2)], whole, capsys)
 
 
+@pytest.fixture
+def _as_at_a_terminal():
+    """SIGINT as an interactive shell leaves it; in the background of a script it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_as_at_a_terminal")
 def test_ctrl_c_saves_and_a_second_one_does_not_wait(whole, capfd):
     assert main([*SMALL, ask("on_before_zero_grad", 3, signal.SIGINT)]) == 130
     (hint, line) = filter(None, capfd.readouterr().err.splitlines())
