@@ -33,7 +33,7 @@ import argparse
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
@@ -262,30 +262,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     path = result_path(options, f"edf_digits_ipc{options.ipc}")
     results = Results(path, protocol, command(__file__, arguments), fresh=options.fresh)
-    done = {(row["name"], row["rate"], row["seed"]) for row in results.rows}
-    first, *others = options.seeds or PROTOCOLS[options.ipc]["seeds"]
 
-    def run(arm: str, rate: float, seed: int) -> Run:
-        return Run(arm, rate, seed, options.ipc, options.dry_run)
+    def measured(runs: list[Run]) -> Iterator[dict[str, Any]]:
+        return in_parallel(measure, runs, options.workers)
 
-    tuning = [run(arm, rate, first) for arm in options.arms for rate in ARMS[arm].rates]
-    with progress_bar() as progress:
-        task = progress.add_task("runs", total=len(tuning) + len(others) * len(options.arms))
-
-        def complete(runs: list[Run]) -> None:
-            missing = [each for each in runs if (each.arm, each.rate, each.seed) not in done]
-            progress.advance(task, len(runs) - len(missing))
-            for row in in_parallel(measure, missing, options.workers):
-                results.add(row)
-                progress.advance(task)
-
-        complete(tuning)
-        chosen = {arm: cast(Found, found(results, arm, options.ipc)).rate for arm in options.arms}
-        complete([run(arm, cast(float, rate), seed) for seed, (arm, rate) in product(others, chosen.items())])
+    arms, seeds = {name: ARMS[name] for name in options.arms}, options.seeds or PROTOCOLS[options.ipc]["seeds"]
+    complete(results, arms, seeds, measured, ipc=options.ipc, dry=options.dry_run)
     print(report(results, options.ipc))
     plot(results, options.ipc, path.with_suffix(".png"))
     if options.check and (failed := failures(results, options.ipc)):
         raise SystemExit("\n".join(failed))
+
+
+def complete(
+    results: Results,
+    arms: Mapping[str, Arm],
+    seeds: Sequence[int],
+    measured: Callable[[list[Run]], Iterable[dict[str, Any]]],
+    *,
+    ipc: int,
+    dry: bool,
+) -> None:
+    """Add what is missing: each step size of an arm with the first seed, and what that one chose with the others."""
+    first, *others = seeds
+    with progress_bar() as progress:
+        task = progress.add_task("runs", total=sum(len(arm.rates) for arm in arms.values()) + len(others) * len(arms))
+
+        def add(runs: list[Run]) -> None:
+            done = {(row["name"], row["rate"], row["seed"]) for row in results.rows}
+            missing = [run for run in runs if (run.arm, run.rate, run.seed) not in done]
+            progress.advance(task, len(runs) - len(missing))
+            for row in measured(missing):
+                results.add(row)
+                progress.advance(task)
+
+        add([Run(name, rate, first, ipc, dry) for name, arm in arms.items() for rate in arm.rates])
+        chosen = {name: cast(Any, found(results, name, ipc)).rate for name in arms}
+        add([Run(name, rate, seed, ipc, dry) for seed, (name, rate) in product(others, chosen.items())])
 
 
 def in_parallel(function: Callable[[T], dict[str, Any]], jobs: Iterable[T], workers: int) -> Iterator[dict[str, Any]]:
