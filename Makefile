@@ -22,7 +22,7 @@ lint: $(READY)           ## style, types, and the layers
 	$(BIN)/lint-imports
 
 bench: $(READY)          ## the benchmarks that a CPU can run
-	for script in speed scan merge_op merge_throughput rmeeto_recovery; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+	for script in speed scan merge_op merge_throughput rmeeto_recovery mip mip_plumbing edf unrolls; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
