@@ -65,6 +65,7 @@ POLICY = {1: (0, 50), 10: (0.25, 100), 50: (0.375, 200), 100: (0.375, 200), 500:
 """Images a class -> share that is dropped and age of the maps, where DATM's constants are used for EDF."""
 EDF_TINY = {10: (0.5, 100), 50: (0.5, 100)}
 PAD = {1: 0, 10: 0.5, 50: 0.25, 500: 0.5, 1000: 0.5}
+PAD_RELEASED = {1: 0, 10: 0.5, 50: 0.5}
 
 
 def recipe(name):
@@ -127,9 +128,18 @@ def test_a_recipe_of_pad_is_that_of_datm_with_its_share_of_the_network(ipc):
     assert pad.datamodule == datm.datamodule
 
 
+@pytest.mark.parametrize("ipc", PAD_RELEASED)
+def test_a_recipe_of_pad_as_released_is_that_of_its_paper_with_another_mask(ipc):
+    released, pad = recipe(f"pad_released_cifar10_ipc{ipc}"), recipe(f"pad_cifar10_ipc{ipc}")
+    assert released.module.mask == {"_target_": "hasten.nn.LossQuantileMask", "alpha": PAD_RELEASED[ipc]}
+    assert {key for key in pad.module if pad.module[key] != released.module[key]} == {"mask"}
+    assert released.datamodule == pad.datamodule
+
+
 def test_every_recipe_is_in_a_table():
     known = {f"{name}_ipc{ipc}" for name in IMAGENET for ipc in IPC}
     known |= {f"{name}_ipc{ipc}" for name in DATM for ipc in DATM[name]} | {f"pad_cifar10_ipc{ipc}" for ipc in PAD}
+    known |= {f"pad_released_cifar10_ipc{ipc}" for ipc in PAD_RELEASED}
     assert set(registry.group("recipe")) == known | {"none"}
 
 
@@ -154,6 +164,8 @@ def test_constants_that_cannot_be_right_are_marked(ipc):
         ("edf_cifar100", ["recipe=cifar100_ipc50"], "cifar100_ipc50"),
         ("edf_tiny", [], "tiny_ipc10"),
         ("pad_cifar10", ["recipe=pad_cifar10_ipc50"], "pad_cifar10_ipc50"),
+        ("pad_released_cifar10", [], "pad_released_cifar10_ipc10"),
+        ("pad_released_cifar10", ["recipe=pad_released_cifar10_ipc1"], "pad_released_cifar10_ipc1"),
     ],
 )
 def test_no_constant_of_a_recipe_is_hidden_by_its_experiment(experiment, words, name):
@@ -182,3 +194,39 @@ def test_what_the_paper_of_pad_and_its_program_drop_is_a_mask_apart():
     assert {key for key in paper.module if paper.module[key] != program.module[key]} == {"mask"}
     assert program.module.mask == {"_target_": "hasten.nn.LossQuantileMask", "alpha": 0.5}
     assert paper.first == program.first == ["experts_pad_cifar10"]
+
+
+def test_a_recipe_given_to_pad_as_released_brings_its_mask_and_no_guide():
+    cfg = compose(["experiment=pad_released_cifar10", "recipe=cifar10_ipc1"])
+    assert cfg.module.mask.alpha == 0 and cfg.module.guide is None
+
+
+DISTILLED = [
+    name for name in registry.group("experiment") if name.startswith(("edf_", "datm_", "mtt_", "ftd_", "pad_"))
+]
+DISTILLED += [name for name in registry.group("experiment") if name.startswith(("tesla_", "dm_"))]
+OTHERWISE = {"edf_compdd": {"subset"}, "dm_cifar10": {"zca", "mean", "std"}}
+"""Where a word chooses the subset; and where experts that serve others too see the pixels of this run's authors."""
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_experts_trained_as_a_stage_are_those_of_their_own_experiment(name):
+    cfg = compose([f"experiment={name}"])
+    stages = [stage for stage in cfg.first if stage.startswith("experts_")]
+    assert stages
+    otherwise = {"subset"} if name.startswith("edf_image") else OTHERWISE.get(name, set())
+    for stage in stages:
+        own = compose([f"experiment={stage}"])
+        # a stage takes the data of the run that asks for it
+        keys = (set(cfg.data) | set(own.data)) - otherwise
+        here, there = (OmegaConf.to_container(each.data, throw_on_missing=False) for each in (cfg, own))
+        assert {key: here.get(key) for key in keys} == {key: there.get(key) for key in keys}
+        assert cfg.model == own.model
+
+
+@pytest.mark.parametrize("name", ["edf_mnist", "dm_digits"])
+def test_a_set_is_judged_by_the_architecture_it_was_distilled_with(name):
+    words = [f"experiment={name}", "model.norm=batch", "model.pad_to=256", "model.width=7", "model.depth=1"]
+    cfg = compose(words)
+    net = cfg.callbacks.evaluate_distilled.nets.convnet
+    assert {key: net[key] for key in cfg.model} == cfg.model

@@ -13,7 +13,7 @@ from hasten.callbacks import EvaluateDistilled
 from hasten.datamodules import ImageDataModule
 from hasten.datamodules.images import Splits, TensorImages
 from hasten.errors import HastenError
-from hasten.formats import write_trajectory
+from hasten.formats import open_trajectories, write_trajectory
 from hasten.nn import ConvNet, SyntheticSet
 from hasten.nn.dataset_distillation.flat import FlatModel
 
@@ -45,9 +45,9 @@ class Halves(ImageDataModule):
 class Distils(LightningModule):
     """At step i its set is the i-th of ``sets``: noise, or the two classes as they are."""
 
-    def __init__(self, sets=("noise", "classes", "noise", "noise")):
+    def __init__(self, sets=("noise", "classes", "noise", "noise"), lr=0.1):
         super().__init__()
-        self.synthetic = SyntheticSet(2, 1, (1, 4, 4), lr=0.1)
+        self.synthetic = SyntheticSet(2, 1, (1, 4, 4), lr=lr)
         self.sets = sets
         labels = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
         noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -91,7 +91,17 @@ def test_the_set_that_is_best_on_the_holdout_is_kept():
     assert callback.best_iteration == 2
     torch.testing.assert_close(callback.best.images, module.choices["classes"][0])
     assert metrics["eval/convnet/acc_best"] > 0.9 > metrics["eval/convnet/acc_final"]
-    assert [iteration for iteration, _ in callback._history] == [1, 2, 3, 4]
+    assert [iteration for iteration, _ in callback._history] == [0, 1, 2, 3, 4]
+
+
+def test_the_best_set_is_never_worse_than_the_one_it_began_with():
+    module = Distils(("noise",))
+    module.synthetic.fill(*module.choices["classes"])
+    callback = evaluation(every=2)
+    metrics = fit(module, callback, steps=2).callback_metrics
+    assert callback.best_iteration == 0
+    assert torch.equal(callback.best.images, module.choices["classes"][0])
+    assert metrics["eval/convnet/acc_best"] > 0.9 > metrics["eval/convnet/acc_final"]
 
 
 def test_the_test_split_chooses_nothing():
@@ -105,6 +115,18 @@ def test_the_test_split_chooses_nothing():
     assert [row.lr for row in callbacks[0].table.rows] == [row.lr for row in callbacks[1].table.rows]
     for name in ("eval/convnet/acc_best", "eval/random/acc"):
         assert metrics[0][name] + metrics[1][name] == pytest.approx(1)
+
+
+def test_the_test_split_chooses_no_learning_rate():
+    tables = []
+    for shuffled in (False, True):
+        module, callback = Distils(("classes",), lr=1e-6), evaluation(lr="holdout")
+        fit(module, callback, steps=1, data=Halves(shuffled_test=shuffled))
+        tables.append(callback.table)
+    # on swapped labels nets that have learned are always wrong, those of the step size 1e-6 guess
+    assert tables[1].row("best", "convnet").mean < 0.1
+    assert [row.lr for row in tables[0].rows] == [row.lr for row in tables[1].rows]
+    assert min(row.lr for row in tables[1].rows) > 1e-5
 
 
 def test_the_metrics_are_in_reach_of_a_checkpoint(tmp_path):
@@ -136,7 +158,7 @@ def test_training_does_not_notice():
     assert torch.rand(()) == after
 
 
-def experts(folder, net=NET):
+def experts(folder, net=NET, recipe=None):
     """Two nets that were trained on Halves, the rows of whose trajectories are all alike."""
     data = Halves()
     for k in range(2):
@@ -149,7 +171,7 @@ def experts(folder, net=NET):
         flat = FlatModel(model)
         theta = flat.flatten(model).expand(2, -1)
         about = {"train_acc": [0.0] * 2, "val_acc": [0.0] * 2, "names": flat.names, "shapes": flat.shapes}
-        write_trajectory(folder / f"expert_{k:04d}.safetensors", theta, recipe={"seed": 0}, **about)
+        write_trajectory(folder / f"expert_{k:04d}.safetensors", theta, recipe=recipe or {"seed": 0}, **about)
     return folder
 
 
@@ -225,12 +247,44 @@ def test_another_seed_of_a_baseline_is_other_images():
 
     callback.nets = {"counts": Counts}
     fit(Distils(("classes",)), callback, steps=1)
+    seen = seen[2:]  # of the set as it began
     random = [images for images in seen if not torch.equal(images, Distils().choices["classes"][0])]
     assert len(random) == 11  # each of three learning rates on the same three draws, then two nets
     for trial in range(3):
         assert torch.equal(random[trial], random[trial + 3])
         assert torch.equal(random[trial], random[trial + 6])
     assert not any(torch.equal(random[9], other) for other in (*random[:3], random[10]))
+
+
+def test_experts_of_another_split_are_refused(tmp_path):
+    folder = experts(tmp_path, recipe={"data": Halves(train=38).description()})
+    callback = evaluation(baselines=("random_soft",), experts=folder)
+    with pytest.raises(
+        HastenError, match=r"^evaluate_distilled: expected data as .*expert_0000.*differ in split"
+    ) as error:
+        fit(Distils(), callback)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", [{"imported": "replay_buffer"}, {"seed": 0}])
+def test_imported_experts_are_noted_whatever_the_baselines_are(tmp_path, recipe):
+    data = Halves()
+    data.experts = open_trajectories(experts(tmp_path, recipe=recipe))
+    callback = evaluation(epochs=1, baselines=())
+    fit(Distils(), callback, steps=1, data=data)
+    assert ("may have seen the holdout" in callback.table.markdown()) == ("imported" in recipe)
+
+
+def test_what_was_not_measured_is_noted(tmp_path):
+    def notes(*baselines):
+        callback = evaluation(epochs=1, whole_epochs=1, baselines=baselines, experts=folder)
+        fit(Distils(("classes",)), callback, steps=1)
+        return callback.table.markdown()
+
+    folder = experts(tmp_path)
+    assert "not measured: random_soft and whole, and without them no HLR, IOR, LRS; add" in notes("random")
+    assert "not measured: whole, and without them no HLR, LRS; add" in notes("random_soft")
+    assert "not measured" not in notes("random_soft", "whole")
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hasten.callbacks import EvaluateDistilled, ExportDistilled
 from hasten.errors import HastenError
-from hasten.formats import Distilled
+from hasten.formats import Distilled, open_trajectories, write_trajectory
 from hasten.formats.pixels import PixelRange
 from hasten.nn import ConvNet, SyntheticSet
 from hasten.nn.dataset_distillation.comparison import FewImages
@@ -115,7 +115,26 @@ def test_the_best_set_is_on_disk_when_it_is_found(tmp_path):
                 seen.append((trainer.global_step, Distilled.read(tmp_path / "best").about["iteration"]))
 
     fit(evaluation(), ExportDistilled(tmp_path), Looks())
-    assert seen[0] == (1, 1)
+    assert seen[0] == (1, 0)  # evaluated before the first step, and written after it
+
+
+def test_it_says_of_which_images_it_is_made_and_who_taught_it(tmp_path):
+    class Knows(Halves):
+        """As a datamodule around another one."""
+
+        def __init__(self):
+            super().__init__()
+            self.data = Halves()
+            self.data.description = lambda: {"split": "1f"}
+            about = {"train_acc": [0.1, 0.2], "val_acc": [0.1, 0.2], "names": ["w"], "shapes": [[2]]}
+            path = tmp_path / "expert_0000.safetensors"
+            write_trajectory(path, torch.eye(2), recipe={"imported": "replay_buffer"}, **about)
+            self.experts = open_trajectories(tmp_path)
+
+    fit(ExportDistilled(tmp_path), data=Knows(), steps=1)
+    about = Distilled.read(tmp_path / "final").about
+    assert about["data"] == {"split": "1f"}
+    assert (about["experts"]["number"], about["experts"]["imported"]) == (1, True)
 
 
 class Breaks(Callback):

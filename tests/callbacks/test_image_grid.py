@@ -94,6 +94,22 @@ def test_stray_pixels_are_clipped_and_the_rest_is_stretched(tmp_path):
     torch.testing.assert_close(shown, expected, atol=0.5 / 255 + 1e-6, rtol=0)
 
 
+def test_pictures_of_a_step_share_a_range_and_one_named_otherwise_stays_as_it_is(tmp_path):
+    before, after, map_ = torch.rand(1, 2, 1, 50, 50), torch.randn(1, 2, 1, 50, 50) * 3, torch.rand(1, 2, 1, 50, 50)
+    module = foreign()
+    module.pictures = lambda: {"before": before, "after": after, "map": map_}
+    fit(module, ImageGrid(tmp_path, every_n_steps=4, clip_std=2.0, unclipped=["map"]))
+    pixels = torch.cat([before.flatten(), after.flatten()])
+    expected = {
+        "before": ((before - pixels.mean()) / pixels.std() / 4 + 0.5).clamp(0, 1),
+        "after": ((after - pixels.mean()) / pixels.std() / 4 + 0.5).clamp(0, 1),
+        "map": map_,
+    }
+    for name, images in expected.items():
+        shown = read_image(tmp_path / f"{name}.png")[0, 2:52, 2:52] / 255
+        torch.testing.assert_close(shown, images[0, 0, 0], atol=0.5 / 255 + 1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("average", [EMA, EMAWeightAveraging])
 @pytest.mark.parametrize("average_first", [True, False])
 def test_the_averaged_weights_draw(tmp_path, average, average_first):

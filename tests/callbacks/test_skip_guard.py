@@ -91,6 +91,16 @@ def test_a_fit_stops_after_so_many_updates_in_a_row_that_were_left_out_and_the_m
         fit(Explains(), [1.0, 0.0, 0.0, 1.0], SkipGuard(skip_patience=2))
 
 
+def test_a_fit_that_left_out_most_of_its_updates_says_so_at_its_end(capsys):
+    fit(Explains(), [1.0, 0.0, 2.0, 0.0], SkipGuard())
+    assert "skip_guard" not in capsys.readouterr().out
+    fit(Explains(), [0.0, 0.0, 1.0, 0.0, 2.0], SkipGuard())
+    line = "skip_guard: 3 of 5 updates were left out: of [0.0, 0.0, 0.0]; take larger batches\n"
+    assert capsys.readouterr().out.endswith(line)
+    fit(Foreign(), [math.nan], SkipGuard())
+    assert capsys.readouterr().out.endswith("skip_guard: 1 of 1 updates were left out: lower the learning rate\n")
+
+
 def test_the_last_good_weights_are_on_disk_when_the_fit_stops(tmp_path):
     end = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
     with pytest.raises(HastenError, match="in a row"):

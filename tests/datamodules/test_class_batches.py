@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import LightningDataModule
@@ -90,6 +92,15 @@ def test_experts_are_opened_where_a_folder_is_given(tmp_path):
     assert [expert.numel for expert in ClassBatches(Numbered(), experts=tmp_path).experts] == [2]
 
 
+def test_experts_of_other_images_are_refused(tmp_path):
+    about = {"train_acc": [0.1, 0.2], "val_acc": [0.1, 0.2], "names": ["w"], "shapes": [[2]]}
+    recipe = {"data": Digits().description()}
+    write_trajectory(tmp_path / "expert_0000.safetensors", torch.eye(2), recipe=recipe, **about)
+    assert len(ClassBatches(Digits(), experts=tmp_path).experts) == 1
+    with pytest.raises(HastenError, match=r"^class_batches: expected data as .*they differ in split"):
+        _ = ClassBatches(Digits(split_seed=1), experts=tmp_path).experts
+
+
 @pytest.mark.parametrize("options", [{"per_class": 0}, {"iterations": 0}, {"seed": -1}])
 def test_a_number_out_of_its_range_is_named(options):
     ((name, value),) = options.items()
@@ -100,3 +111,23 @@ def test_a_number_out_of_its_range_is_named(options):
 def test_a_class_without_images_is_named():
     wrapped = ClassBatches(Numbered(labels=[0, 0]))
     assert "'b'" in refusal(wrapped.train_dataloader)
+
+
+def attached(processes=1, **settings):
+    """Eight batches, in a run of so many processes."""
+    wrapped = ClassBatches(Numbered(), per_class=2, iterations=8)
+    wrapped.trainer = SimpleNamespace(**({"max_steps": -1, "max_epochs": -1} | settings), world_size=processes)
+    return wrapped
+
+
+def test_a_fit_of_more_steps_than_batches_is_refused_with_what_to_type():
+    attached(max_steps=8).setup("fit")
+    message = refusal(lambda: attached(max_steps=9).setup("fit"))
+    assert message.startswith("class_batches: expected trainer.max_steps <= iterations = 8, got 9; ")
+    assert message.endswith("set +datamodule.iterations=9")
+
+
+def test_every_process_has_as_many_batches_as_there_are_iterations():
+    samples = attached(processes=2).train_dataloader().dataset
+    assert len(samples) == 2 * len(attached().train_dataloader().dataset) == 16
+    assert samples.batch([3]).equal(attached().train_dataloader().dataset.batch([3]))

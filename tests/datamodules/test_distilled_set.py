@@ -56,6 +56,15 @@ def test_in_the_same_range_real_images_are_the_same_to_the_last_bit(tmp_path):
     assert torch.equal(next(iter(data.val_dataloader()))[0], next(iter(digits.val_dataloader()))[0])
 
 
+@pytest.mark.parametrize(("settings", "key"), [({"split_seed": 1}, "split"), ({"test": 300}, "split")])
+def test_real_images_of_another_split_are_refused_and_in_another_range_are_not(tmp_path, settings, key):
+    set_ = Distilled.read(write(tmp_path)).with_about({"data": Digits().description()})
+    set_.write(tmp_path)
+    DistilledSet(tmp_path, test=Digits(std=0.25, batch_size=7)).setup("test")
+    with pytest.raises(HastenError, match=rf"^distilled_set: expected .* differ in {key} .*split_seed$"):
+        DistilledSet(tmp_path, test=Digits(**settings)).setup("test")
+
+
 def test_without_real_images_there_is_nothing_to_validate_on(tmp_path):
     data = DistilledSet(write(tmp_path, classes=3))
     assert data.val_dataloader() == data.test_dataloader() == []

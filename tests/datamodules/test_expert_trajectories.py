@@ -160,10 +160,13 @@ def test_experts_that_are_too_short_are_refused_with_both_remedies(tmp_path):
     segments(tmp_path, max_start=19, expert_epochs=2)
     with pytest.raises(
         HastenError,
-        match=r"needs epochs 0\.\.41, expert_0000 has 0\.\.20; train 41 epochs or set max_start=19",
+        match=r"needs epochs 0\.\.41, expert_0000 has 0\.\.20; set datamodule\.max_start=19, or train longer ones by "
+        r"experiment=EXPERTS module\.epochs=41, then add first=\[\] datamodule\.path=FOLDER/experts$",
     ):
         segments(tmp_path, max_start=40, expert_epochs=2)
-    with pytest.raises(HastenError, match=r"train 41 epochs$"):  # no smaller window is left
+    with pytest.raises(
+        HastenError, match=r"0\.\.20; train longer ones by .* module\.epochs=41, "
+    ):  # no smaller window is left
         segments(tmp_path, max_start=40, min_start=19, expert_epochs=2)
 
 
@@ -204,11 +207,16 @@ def test_a_fit_takes_as_many_segments_as_max_steps_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "got"), [({"max_steps": 61}, "61"), ({"max_epochs": 2}, "120"), ({"max_epochs": -1}, "inf")]
+    ("settings", "got", "remedy"),
+    [
+        ({"max_steps": 61}, "61", r"\+datamodule.iterations=61"),
+        ({"max_epochs": 2}, "120", "trainer.max_epochs=1"),
+        ({"max_epochs": -1}, "inf", "trainer.max_epochs=1"),
+    ],
 )
-def test_a_fit_of_more_steps_than_segments_is_refused(tmp_path, settings, got):
+def test_a_fit_of_more_steps_than_segments_is_refused(tmp_path, settings, got, remedy):
     data = ExpertTrajectories(DIGITS, experts(tmp_path), iterations=60, max_start=5)
-    with pytest.raises(HastenError, match=rf"expected trainer.max_steps <= iterations = 60, got {got}"):
+    with pytest.raises(HastenError, match=rf"expected trainer.max_steps <= iterations = 60, got {got}; set {remedy}$"):
         fit(data, **settings)
 
 

@@ -161,6 +161,19 @@ def test_hard_labels_in_any_order_become_class_by_class(tmp_path):
     assert found.hard_labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_soft_labels_of_no_whole_number_of_images_a_class_are_refused_by_the_file(tmp_path):
+    for name, content in (
+        ("images", torch.zeros(7, 1, 8, 8)),
+        ("labels", torch.zeros(7, 3)),
+        ("lr", torch.tensor(0.1)),
+    ):
+        torch.save(content, tmp_path / f"{name}_best.pt")
+    with pytest.raises(
+        HastenError, match=r"^import: .*images_best\.pt: expected as many .* of 3 classes, got 7 in all"
+    ):
+        read_released(tmp_path, pixels=PLAIN, num_classes=3)
+
+
 def test_the_best_set_is_taken_before_the_last(tmp_path):
     for tag in ("500", "1000", "zca_1000"):
         torch.save(torch.zeros(1), tmp_path / f"images_{tag}.pt")

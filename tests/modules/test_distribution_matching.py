@@ -152,6 +152,22 @@ def test_every_iteration_draws_another_net_and_the_seed_decides_which():
     torch.set_rng_state(before)
 
 
+def test_every_process_draws_its_own_nets_and_augmentation(monkeypatch):
+    def drawn(rank):
+        monkeypatch.setattr(DistributionMatching, "global_rank", rank)
+        augment = DSA(["crop"], share="batch")
+        matched, nets, draws = module(augment=augment), [], []
+        fill, draw = matched._flat.filled, augment.draw
+        matched._flat.filled = lambda theta: nets.append(theta) or fill(theta)
+        augment.draw = lambda *arguments: draws.append(draw(*arguments)) or draws[-1]
+        trainer(1).fit(matched, ByClass(1))
+        return nets[0], str(draws)
+
+    (one, crops), (same, same_crops), (other, other_crops) = (drawn(rank) for rank in (0, 0, 1))
+    assert one.equal(same) and crops == same_crops
+    assert not one.equal(other) and crops != other_crops
+
+
 def test_neither_nets_nor_their_weights_are_in_the_state_dict_or_the_optimizer():
     matched = module()
     assert {name.partition(".")[0] for name in matched.state_dict()} == {"synthetic", "iteration", "initial"}

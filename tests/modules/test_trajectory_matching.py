@@ -210,6 +210,17 @@ def test_every_inner_step_sees_other_images_and_another_draw(experts):
     assert seen[0] != seen[1]
 
 
+def test_every_process_takes_its_own_inner_steps(monkeypatch):
+    def drawn(rank):
+        monkeypatch.setattr(TrajectoryMatching, "global_rank", rank)
+        steps = _module(syn_steps=12, batch_syn=4, augment=DSA(["crop"]))._inner_steps(5)
+        return [step.rows.tolist() for step in steps], str([step.draw for step in steps])
+
+    assert drawn(0) == drawn(0)
+    for one, other in zip(drawn(0), drawn(1), strict=True):
+        assert one != other
+
+
 def test_the_loss_falls(experts):
     notes = Notes()
     _fit(_module(ipc=1, syn_steps=6, lr_img=5.0), _data(experts, expert_epochs=1, max_start=2), 40, notes)
@@ -300,11 +311,14 @@ def test_the_guard_stops_with_the_good_set_on_disk_and_says_what_to_change(exper
     assert saved["synthetic.images"].equal(notes.learned[1][0])
 
 
-def test_losses_over_the_limit_are_named_when_the_guard_stops(experts):
-    module = _module(max_loss=1e-3)
-    line = r"2 updates in a row were left out at step 2: start epoch \d, syn_lr 0.2; raise max_loss \(0.001; last "
-    with pytest.raises(HastenError, match=line):
-        _fit(module, _data(experts), 9, SkipGuard(skip_patience=2))
+@pytest.mark.parametrize(
+    ("max_loss", "remedy"),
+    [(0.5, r"raise max_loss \(0.5\)"), (1e-3, r"lower lr_img \(1\) or lr_lr \(0.001\), or train the experts longer")],
+)
+def test_losses_over_the_limit_are_named_when_the_guard_stops(experts, max_loss, remedy):
+    line = r"2 updates in a row were left out at step 2: start epoch \d, syn_lr 0.2, losses [\d.]+ to [\d.]+; "
+    with pytest.raises(HastenError, match=f"{line}{remedy}$"):
+        _fit(_module(max_loss=max_loss), _data(experts), 9, SkipGuard(skip_patience=2))
 
 
 # ---------------------------------------------------------------------- resuming
@@ -414,7 +428,7 @@ def test_data_without_experts_are_refused():
 def test_experts_of_another_network_are_refused_by_its_first_parameter(experts, tmp_path):
     line = (
         r"^trajectory_matching: model: parameter 0: expected blocks.0.0.weight \(4, 1, 3, 3\) as in "
-        r"expert_0000.safetensors, got blocks.0.0.weight \(8, 1, 3, 3\); build"
+        r"expert_0000.safetensors, got blocks.0.0.weight \(8, 1, 3, 3\); set model to theirs"
     )
     with pytest.raises(HastenError, match=line):
         _fit(_module(model=_net(width=8)), _data(experts), 1)

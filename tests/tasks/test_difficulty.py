@@ -66,6 +66,15 @@ def test_an_epoch_beyond_the_training_is_refused(data, experts, tmp_path):
         difficulty(tmp_path, data=data, model=_net(0), experts=experts, epoch=3)
 
 
+def test_experts_of_other_images_are_refused(data, tmp_path):
+    model, recipe = FlatModel(_net(0)), {"data": Digits().description()}
+    about = {"names": model.names, "shapes": model.shapes, "train_acc": [0.1] * 2, "val_acc": [0.1] * 2}
+    theta = model.flatten(_net(0)).expand(2, -1)
+    write_trajectory(tmp_path / "expert_0000.safetensors", theta, recipe=recipe, **about)
+    with pytest.raises(HastenError, match=r"^difficulty: expected data as .*they differ in split"):
+        difficulty(tmp_path, data=data, model=_net(0), experts=tmp_path, epoch=1)
+
+
 def test_experts_of_another_network_are_refused(data, experts, tmp_path):
     with pytest.raises(HastenError, match="parameters"):
         difficulty(tmp_path, data=data, model=ConvNet(1, 8, 10, width=8, depth=2), experts=experts, epoch=0)

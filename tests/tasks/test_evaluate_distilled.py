@@ -41,7 +41,7 @@ def distilled(tmp_path_factory):
     (folder / "config.yaml").write_text("model: {_target_: hasten.nn.ConvNet, width: 4, depth: 2}\n")
     augment = DSA(["crop", "rotate"])
     evaluate = EvaluateDistilled(
-        {"convnet": NET}, every=2, seeds=2, epochs=8, baselines=("random",), augment=augment, seed=3
+        {"convnet": NET}, every=2, seeds=2, epochs=8, whole_epochs=1, baselines=("random",), augment=augment, seed=3
     )
     trainer = Trainer(
         accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -75,7 +75,6 @@ def test_other_nets_and_the_experts_labels_are_measured_too(distilled, tmp_path)
         nets=["convnet", "convnet_batch"],
         seeds=1,
         epochs=2,
-        whole_epochs=1,
         baselines=["random", "random_soft", "whole"],
         experts=tmp_path / "experts",
     )
@@ -92,8 +91,37 @@ def test_other_nets_and_the_experts_labels_are_measured_too(distilled, tmp_path)
     }
     assert metrics.keys() == {f"eval/{name}" for name in wanted}
     table = (tmp_path / "table.md").read_text()
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["table"]["rows"]
+    assert [row["epochs"] for row in rows if row["arm"] == "whole"] == [1]  # as when it was distilled
     assert "| distilled, no augmentation | convnet |" in table
+    assert "may" not in table
     assert "| random_soft, no augmentation | convnet |" in table
+
+
+def test_experts_of_another_split_are_refused_in_whatever_range(distilled, tmp_path):
+    folder = distilled[0] / "best"
+
+    def measure(name, trained_on):
+        flat = FlatModel(NET())
+        theta = flat.flatten(NET()).expand(2, -1)
+        about = {"names": flat.names, "shapes": flat.shapes, "train_acc": [0.0] * 2, "val_acc": [0.0] * 2}
+        recipe = {"data": trained_on.description()}
+        write_trajectory(tmp_path / name / "expert_0000.safetensors", theta, recipe=recipe, **about)
+        data = DistilledSet(folder, test=Digits(std=0.25))  # brought into the range of the set
+        asked = {"baselines": ["random_soft"], "experts": tmp_path / name, "seeds": 1, "epochs": 1}
+        evaluate_distilled(tmp_path, distilled=folder, data=data, **asked)
+
+    measure("same", Digits())
+    with pytest.raises(HastenError, match=r"^evaluate_distilled: expected data as .*they differ in split"):
+        measure("other", Digits(split_seed=1))
+
+
+def test_imported_experts_of_the_set_are_noted(distilled, tmp_path):
+    found = Distilled.read(distilled[0] / "best")
+    found.with_about({"experts": {"recipe_hash": "1f", "number": 1, "imported": True}}).write(tmp_path)
+    data = DistilledSet(tmp_path, test=Digits())
+    evaluate_distilled(tmp_path, distilled=tmp_path, data=data, seeds=1, epochs=1, baselines=())
+    assert "- the experts are imported and may have seen the holdout" in (tmp_path / "table.md").read_text()
 
 
 def test_what_does_not_fit_is_refused_in_one_line(distilled, tmp_path):
@@ -109,9 +137,17 @@ def test_what_does_not_fit_is_refused_in_one_line(distilled, tmp_path):
     assert "put hasten.datamodules.DistilledSet around it" in error(data=Digits(mean=0.3))
     assert "nets: got 'resnet'; did you mean 'resnet18'?" in error(nets=["resnet"])
     assert "set experts to their folder" in error(baselines=["random_soft"])
-    assert "expected a val split, got none" in error(data=DistilledSet(folder, test=Digits(val=0)))
+    elsewhere = tmp_path / "elsewhere"  # of a set that does not say how its images were split
+    Distilled.read(folder).with_about({"data": None}).write(elsewhere)
+    data = DistilledSet(elsewhere, test=Digits(val=0))
+    assert "expected a val split, got none" in error(distilled=elsewhere, data=data)
     assert "seeds: expected >= 1, got 0" in error(seeds=0)
-    assert "expected a folder with distilled.safetensors" in error(distilled=tmp_path)
+    assert "baselines: got 'randm'; did you mean 'random'?" in error(baselines=["randm"])
+    assert "lr: expected learned, holdout or a number > 0, got 'foo'" in error(lr="foo")
+    for other in (Digits(split_seed=1), DistilledSet(folder, test=Digits(split_seed=1))):
+        assert "expected the data and the split that the set was distilled on, they differ in split" in error(
+            data=other
+        )
 
 
 def test_a_set_that_says_nothing_of_its_evaluation_has_the_usual_one(tmp_path):
@@ -122,3 +158,4 @@ def test_a_set_that_says_nothing_of_its_evaluation_has_the_usual_one(tmp_path):
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert [row["lr_from"] for row in found["table"]["rows"]] == ["learned"]
     assert "'color'" in "".join(found["table"]["notes"])
+    assert "the set does not say of which images it is made" in found["table"]["notes"][-1]

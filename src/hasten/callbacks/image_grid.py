@@ -1,7 +1,7 @@
 """ImageGrid: what the module draws, as pictures on disk and in the logger, every so many steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +31,10 @@ class ImageGrid(Callback):
     Args:
         folder: where the pictures go; made if missing.
         every_n_steps: optimizer steps between two drawings, >= 1.
-        clip_std: show pixels within so many standard deviations of a picture's mean, stretched to [0, 1]; for images
-            whose pixels were themselves optimised, and stray. None: pixels as they are.
+        clip_std: show pixels within so many standard deviations of their mean, stretched to [0, 1]; for images whose
+            pixels were themselves optimised, and stray. All pictures of a step share one range, so that they compare.
+            None: pixels as they are.
+        unclipped: names of pictures that ``clip_std`` leaves alone, as maps.
         min_cell_px: smaller images are enlarged by a whole factor until they are at least so wide, >= 1.
 
     Raises:
@@ -45,7 +47,13 @@ class ImageGrid(Callback):
     """
 
     def __init__(
-        self, folder: str | Path, *, every_n_steps: int, clip_std: float | None = None, min_cell_px: int = 48
+        self,
+        folder: str | Path,
+        *,
+        every_n_steps: int,
+        clip_std: float | None = None,
+        unclipped: Collection[str] = (),
+        min_cell_px: int = 48,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("min_cell_px", min_cell_px)):
             if value < 1:
@@ -55,6 +63,7 @@ class ImageGrid(Callback):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.clip_std = clip_std
+        self.unclipped = unclipped
         self.min_cell_px = min_cell_px
         self._drawn_at = 0
 
@@ -87,25 +96,29 @@ class ImageGrid(Callback):
             pictures = cast(HasPictures, pl_module).pictures()
         if trainer.is_global_zero:
             class_names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
-            for name, images in pictures.items():
-                image = self._picture(name, images)
+            for name, images in self._pixels(pictures).items():
+                image = tiled(enlarged(images, self.min_cell_px))
                 if len(images) == len(class_names):
                     image = labelled(image, class_names)
                 write_png(image, self.folder / f"{name}_{step:06d}.png")
                 write_png(image, self.folder / f"{name}.png")
                 log_image(trainer, name, image, step)
 
-    def _picture(self, name: str, images: Tensor) -> Tensor:
-        if images.ndim != 5 or images.size(2) not in (1, 3):
-            raise HastenError(
-                f"image_grid: pictures()[{name!r}]: expected (rows, columns, C, H, W) with C = 1 or 3, got "
-                f"{tuple(images.shape)}"
-            )
-        images = images.detach().float().cpu()
-        if self.clip_std is not None:
-            low, high = (images.mean() + sign * self.clip_std * images.std() for sign in (-1, 1))
-            images = (images - low) / (high - low).clamp(min=1e-8)
-        return tiled(enlarged(images.clamp(0, 1), self.min_cell_px))
+    def _pixels(self, pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is shown of the module's pictures, each (rows, columns, C, H, W) in [0, 1]."""
+        for name, images in pictures.items():
+            if images.ndim != 5 or images.size(2) not in (1, 3):
+                raise HastenError(
+                    f"image_grid: pictures()[{name!r}]: expected (rows, columns, C, H, W) with C = 1 or 3, got "
+                    f"{tuple(images.shape)}"
+                )
+        shown = {name: images.detach().float().cpu() for name, images in pictures.items()}
+        stray = [name for name in shown if name not in self.unclipped]
+        if self.clip_std is not None and stray:
+            pixels = torch.cat([shown[name].flatten() for name in stray])
+            low, high = (pixels.mean() + sign * self.clip_std * pixels.std() for sign in (-1, 1))
+            shown |= {name: (shown[name] - low) / (high - low).clamp(min=1e-8) for name in stray}
+        return {name: images.clamp(0, 1) for name, images in shown.items()}
 
 
 def enlarged(images: Tensor, min_cell_px: int = 48) -> Tensor:

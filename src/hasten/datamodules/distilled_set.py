@@ -32,7 +32,7 @@ class DistilledSet(LightningDataModule):
         distilled: the set.
 
     Raises:
-        HastenError: where there is no such set, or the real images are others than its own.
+        HastenError: where there is no such set, or the real images or their split are others than its own.
 
     Example:
         >>> import tempfile
@@ -52,12 +52,13 @@ class DistilledSet(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.path = path
         self.distilled = Distilled.read(path)
         self.batch_size = batch_size
         self.test: Any = test
         self.seed = seed
         if test is not None:
-            self._check_classes(path)
+            self._check_classes()
 
     def prepare_data(self) -> None:
         if self.test is not None:
@@ -67,6 +68,8 @@ class DistilledSet(LightningDataModule):
         if self.test is not None:
             self.test.trainer = self.trainer
             self.test.setup(stage)
+            describe = getattr(self.test, "description", dict)
+            self.distilled.check_made_of(describe(), owner="distilled_set")
 
     def teardown(self, stage: str) -> None:
         if self.test is not None:
@@ -124,18 +127,18 @@ class DistilledSet(LightningDataModule):
         """From the range of the set to [0, 1], (..., C, H, W)."""
         return self.pixels.denormalize(images)
 
-    def _check_classes(self, path: str | Path) -> None:
+    def _check_classes(self) -> None:
         for name in ("num_classes", "image_shape"):
             own, real = getattr(self.distilled, name), getattr(self.test, name)
             if own != real:
                 raise HastenError(
-                    f"distilled_set: test: expected {name} {own} as in {path}, got {real}; set data to that"
+                    f"distilled_set: test: expected {name} {own} as in {self.path}, got {real}; set data to that"
                 )
         for own, real in zip(self.class_names, self.test.class_names, strict=True):
             if "classes" in self.distilled.about and own != real:
                 raise HastenError(
-                    f"distilled_set: test: expected the classes of {path}, got {real!r} for {own!r}; set data to what "
-                    "was distilled"
+                    f"distilled_set: test: expected the classes of {self.path}, got {real!r} for {own!r}; set data to "
+                    "what was distilled"
                 )
 
     def _data(self) -> Any:

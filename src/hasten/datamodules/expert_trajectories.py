@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from hasten.datamodules.around import AroundData
+from hasten.datamodules.iterations import check_length
 from hasten.datamodules.loader import EpochLoader
-from hasten.functional.draws import generator_of
 from hasten.errors import HastenError
 from hasten.formats import Trajectory, open_trajectories
-from hasten.formats.trajectories import recipe_difference
+from hasten.formats.trajectories import check_seen
 from hasten.functional import start_window
+from hasten.functional.draws import generator_of
 
 Segment = dict[str, Tensor | int]
 """``start`` and ``target`` (P,) float32: an expert's parameters after ``epoch`` and ``epoch + expert_epochs`` epochs;
@@ -105,42 +106,14 @@ class ExpertTrajectories(AroundData):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self._check_length()
-            self._check_data()
+            check_length(self.trainer, self.iterations, name="expert_trajectories")
+            check_seen(self.experts, getattr(self.data, "description", dict)(), owner="expert_trajectories")
 
     def train_dataloader(self) -> EpochLoader:
         """One segment a batch, in the order of the iterations."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         self._segments.processes = 1 if self.trainer is None else self.trainer.world_size
         return EpochLoader(self._segments, 1, shuffle=False, pin_memory=on_gpu)
-
-    def _check_length(self) -> None:
-        """Whether there are as many segments as the run is to take."""
-        trainer = self.trainer
-        if trainer is None:
-            return
-        epochs = float("inf") if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        steps = min(self.iterations * epochs, float("inf") if trainer.max_steps == -1 else trainer.max_steps)
-        if steps > self.iterations:
-            raise HastenError(
-                f"expert_trajectories: expected trainer.max_steps <= iterations = {self.iterations}, got {steps}; "
-                f"set trainer.max_epochs=1, and iterations to what the run is to take"
-            )
-
-    def _check_data(self) -> None:
-        """Whether the experts have seen the images of ``data``; imported ones do not say what they have seen."""
-        trained_on = self.experts[0].recipe.get("data")
-        if trained_on is None or not hasattr(self.data, "description"):
-            return
-        here = self.data.description()
-        # what an image is; in which batches and how augmented the experts saw it is their affair
-        keys = here.keys() - {"augmentation", "batch_size", "seed"}
-        one, other = ({key: each[key] for key in keys & each.keys()} for each in (here, trained_on))
-        if different := recipe_difference(one, other):
-            raise HastenError(
-                f"expert_trajectories: expected data as {self.experts[0].path} was trained on, they differ in "
-                f"{different}; set data to that, or train experts on this"
-            )
 
 
 class Segments(Dataset[Any]):
@@ -223,8 +196,9 @@ def _free_bytes() -> int:
 def _check_long_enough(expert: Trajectory, last: int, expert_epochs: int, min_start: int) -> None:
     if expert.epochs < last:
         longest = expert.epochs + 1 - expert_epochs
-        remedy = f" or set max_start={longest}" if longest > min_start else ""
+        remedy = f"set datamodule.max_start={longest}, or " if longest > min_start else ""
         raise HastenError(
             f"expert_trajectories: needs epochs 0..{last}, {expert.path.stem} has 0..{expert.epochs}; "
-            f"train {last} epochs{remedy}"
+            f"{remedy}train longer ones by experiment=EXPERTS module.epochs={last}, then add first=[] "
+            "datamodule.path=FOLDER/experts"
         )

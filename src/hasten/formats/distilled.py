@@ -16,6 +16,7 @@ from torchvision.utils import make_grid, save_image
 from hasten.errors import HastenError
 from hasten.formats.files import whole_file, write_json
 from hasten.formats.pixels import ZCA, PixelRange, pixels_from_tensors
+from hasten.formats.trajectories import data_difference
 
 TENSORS = "distilled.safetensors"
 """All of it; the other two files of the folder are for people."""
@@ -109,6 +110,22 @@ class Distilled:
         """Whether ``pixels`` is the range that its images are in, to the last bit."""
         own, other = self.pixels.to_tensors(), pixels.to_tensors()
         return own.keys() == other.keys() and all(own[key].squeeze().equal(other[key].squeeze()) for key in own)
+
+    def check_made_of(self, data: Mapping[str, Any], *, owner: str) -> None:
+        """Whether it is made of the images that ``data``, the ``description()`` of a datamodule, describes.
+
+        Not in which range they are, as they can be brought into its own. A set from elsewhere does not say what it is
+        made of.
+
+        Raises:
+            HastenError: where it is of others, among which may be those that it is to be tested on.
+        """
+        here = {key: value for key, value in data.items() if key != "transform"}
+        if different := data_difference(here, self.about.get("data") or {}):
+            raise HastenError(
+                f"{owner}: expected the data and the split that the set was distilled on, they differ in {different}; "
+                "set data as it was there, with its sizes of val and test and its split_seed"
+            )
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write ``distilled.safetensors``, ``distilled.json`` and ``grid.png`` into ``folder``, each whole or not.

@@ -168,6 +168,11 @@ def read_released(
                 f"import: {folder / f'labels_{tag}.pt'}: expected logits ({n}, {num_classes}), got "
                 f"{tuple(labels.shape)}; set the data they are of"
             )
+        if n == 0 or n % num_classes:
+            raise HastenError(
+                f"import: {folder / f'images_{tag}.pt'}: expected as many images for each of {num_classes} classes, "
+                f"got {n} in all; give a whole set"
+            )
         classes, logits = torch.arange(num_classes).repeat_interleave(n // num_classes), labels.float()
     else:
         if labels.ndim != 1 or n == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:

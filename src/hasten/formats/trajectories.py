@@ -134,6 +134,11 @@ class Trajectory:
         self.train_acc: list[float] = accuracies[0]
         self.val_acc: list[float] = accuracies[1]
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether it comes from a program that does not say on which images it was trained."""
+        return "imported" in self.recipe
+
     def at(self, epoch: int) -> Tensor:
         """The parameters after ``epoch`` epochs, (P,) float32; -1 are the last ones.
 
@@ -223,6 +228,41 @@ def recipe_difference(one: Mapping[str, Any], other: Mapping[str, Any], *, shown
     keys = [key for key, (here, there) in pairs.items() if here != there]
     parts = [f"{key} ({pairs[key][0]} and {pairs[key][1]})" for key in keys[:shown]]
     return ", ".join(parts) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
+
+
+def data_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Where two descriptions of data sets differ in what an image is and which ones are held out; "" if they do not.
+
+    In which batches and how augmented the images were seen makes no difference.
+
+    Example:
+        >>> data_difference({"split": "1f", "batch_size": 128}, {"split": "2e", "batch_size": 256})
+        'split (1f and 2e)'
+    """
+    keys = (one.keys() & other.keys()) - {"augmentation", "batch_size", "seed"}
+    return recipe_difference({key: one[key] for key in sorted(keys)}, {key: other[key] for key in sorted(keys)})
+
+
+def check_seen(experts: Sequence[Trajectory], data: Mapping[str, Any], *, owner: str) -> None:
+    """Whether experts were trained on the images that ``data`` describes; imported ones do not say what they have seen.
+
+    Args:
+        experts: of one recipe, as ``open_trajectories`` gives them.
+        data: ``description()`` of the datamodule; what it does not say is not compared.
+        owner: of the error.
+
+    Raises:
+        HastenError: where they have seen others, among which may be the held-out ones.
+
+    Example:
+        >>> check_seen([], {"name": "digits", "split": "1f"}, owner="difficulty")
+    """
+    trained_on = experts[0].recipe.get("data") if experts else None
+    if trained_on is not None and (different := data_difference(data, trained_on)):
+        raise HastenError(
+            f"{owner}: expected data as {experts[0].path} was trained on, they differ in {different}; set data to "
+            "that, or train experts on this"
+        )
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

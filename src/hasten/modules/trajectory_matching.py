@@ -33,6 +33,7 @@ from hasten.nn.dataset_distillation.synthetic import SyntheticSet
 from hasten.nn.protocols import HasRealImages
 
 _MOMENTUM_LR = 0.5
+_DIVERGED = 3  # times max_loss: so far off, a student has lost its way, and a larger max_loss would not bring it back
 _COLUMNS = 10  # images of a class in a picture
 _PROBED = 8  # images of the inner step that is measured for the estimate of memory
 
@@ -279,7 +280,8 @@ class TrajectoryMatching(LightningModule):
             if here != there:
                 raise HastenError(
                     f"trajectory_matching: model: parameter {i}: expected {there} as in {experts[0].path.name}, got "
-                    f"{here}; build the student as the experts, in width, depth and classes"
+                    f"{here}; set model to theirs, or train experts of this one by experiment=EXPERTS and add first=[] "
+                    "datamodule.path=FOLDER/experts"
                 )
         own = (self.synthetic.num_classes, tuple(self.synthetic.images.shape[1:]))
         if own != (data.num_classes, tuple(data.image_shape)):
@@ -360,8 +362,10 @@ class TrajectoryMatching(LightningModule):
         epoch, lr = int(self.trainer.callback_metrics["train/start_epoch"]), self.synthetic.lr.item()
         where = f"start epoch {epoch}, syn_lr {lr:.2g}"
         finite = [loss for loss in losses if math.isfinite(loss)]
-        if finite and all(loss > self.max_loss for loss in finite):
-            return f"{where}; raise max_loss ({self.max_loss:g}; last {min(finite):.3g} to {max(finite):.3g})"
+        if finite and min(finite) > self.max_loss:
+            where += f", losses {min(finite):.3g} to {max(finite):.3g}"
+            if min(finite) <= _DIVERGED * self.max_loss:
+                return f"{where}; raise max_loss ({self.max_loss:g})"
         return f"{where}; lower lr_img ({self.lr_img:g}) or lr_lr ({self.lr_lr:g}), or train the experts longer"
 
     def _by_class(self, tensor: Tensor) -> Tensor:

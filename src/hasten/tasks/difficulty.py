@@ -11,6 +11,7 @@ from torchvision.utils import make_grid, save_image
 
 from hasten.errors import HastenError
 from hasten.formats import open_trajectories, whole_file
+from hasten.formats.trajectories import check_seen
 from hasten.nn import FlatModel, grand
 
 _COLUMNS = 5  # images of a class at either end of the picture
@@ -47,7 +48,7 @@ def difficulty(
         ``difficulty/mean`` and ``difficulty/std``.
 
     Raises:
-        HastenError: where experts and model do not fit, or have no such epoch.
+        HastenError: where experts do not fit the model or the data, or have no such epoch.
 
     Source: GraNd, arXiv:2107.07075, as PAD uses it, arXiv:2408.03360.
 
@@ -58,6 +59,7 @@ def difficulty(
     data.prepare_data()
     data.setup("fit")
     asked = open_trajectories(experts)[:max_experts]
+    check_seen(asked, getattr(data, "description", dict)(), owner="difficulty")
     if not 0 <= epoch <= asked[0].epochs:
         raise HastenError(f"difficulty: epoch: expected 0 to {asked[0].epochs}, as long as experts train, got {epoch}")
     device = (torch.accelerator.current_accelerator() if accelerator != "cpu" else None) or torch.device("cpu")

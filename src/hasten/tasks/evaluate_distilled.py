@@ -11,12 +11,15 @@ from rich.markdown import Markdown
 
 from hasten.errors import HastenError
 from hasten.formats.distilled import Distilled
-from hasten.formats.trajectories import open_trajectories
+from hasten.formats.trajectories import Trajectory, check_seen, open_trajectories
 from hasten.nn.dataset_distillation.comparison import (
+    BASELINES,
+    IMPORTED,
     FewImages,
     Jury,
     Recipe,
     Table,
+    check_protocol,
     labelling_student,
     split_batches,
     table_of,
@@ -24,7 +27,7 @@ from hasten.nn.dataset_distillation.comparison import (
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.peers import named_nets
 
-_USUAL: dict[str, Any] = {"epochs": 1000, "lr": "learned", "seed": 0, "augment": {}}
+_USUAL: dict[str, Any] = {"epochs": 1000, "whole_epochs": None, "lr": "learned", "seed": 0, "augment": {}}
 """The protocol for a set that does not say how it was evaluated."""
 
 
@@ -57,7 +60,7 @@ def evaluate_distilled(
         nets: names as in ``hasten.nn.dataset_distillation.peers``; the first is the one the set was distilled with.
         seeds: nets a row, >= 1.
         epochs: passes over the set, >= 1.
-        whole_epochs: passes over the whole training set, where that is one of the baselines; None: ``epochs``.
+        whole_epochs: passes over the whole training set, where that is one of the baselines.
         lr: "learned", the set's own step size; "holdout"; or a number. Of the first net: others ask the holdout.
         convnet: ``width``, ``depth`` and the like of ConvNet.
         augment: of every batch.
@@ -79,7 +82,7 @@ def evaluate_distilled(
     """
     few = Distilled.read(distilled)
     recorded: dict[str, Any] = (few.about.get("evaluation") or {}).get("protocol") or {}
-    given = {"epochs": epochs, "lr": lr, "seed": seed}
+    given = {"epochs": epochs, "whole_epochs": whole_epochs, "lr": lr, "seed": seed}
     protocol = _USUAL | recorded | {name: value for name, value in given.items() if value is not None}
     augment = _augment(protocol["augment"]) if augment is None else augment
     data.prepare_data()
@@ -89,7 +92,10 @@ def evaluate_distilled(
             f"evaluate_distilled: data: expected images in the range of {distilled}, got {type(data).__name__}; put "
             "hasten.datamodules.DistilledSet around it"
         )
+    described = _described(data)
+    few.check_made_of(described, owner="evaluate_distilled")
     try:
+        check_protocol(protocol["lr"], baselines)
         made = named_nets(
             nets,
             few.image_shape[0],
@@ -97,9 +103,11 @@ def evaluate_distilled(
             few.num_classes,
             convnet=_recorded_convnet(few) if convnet is None else convnet,
         )
-        recipe = Recipe(protocol["epochs"], whole_epochs or protocol["epochs"], augment, protocol["seed"], data=data)
+        of_whole = protocol["whole_epochs"] or protocol["epochs"]
+        recipe = Recipe(protocol["epochs"], of_whole, augment, protocol["seed"], data=data)
         if "random_soft" in baselines:
             found = open_trajectories(experts) if experts else ()
+            check_seen(found, few.about.get("data") or described, owner="evaluate_distilled")
             student = labelling_student(made[nets[0]], found)
             recipe = replace(recipe, experts=found, student=student)
         table = table_of(
@@ -115,6 +123,7 @@ def evaluate_distilled(
         )
     except ValueError as error:
         raise HastenError(f"evaluate_distilled: {error}") from error
+    table = replace(table, notes=(*table.notes, *_doubts(few, recipe.experts)))
     rich.print(Markdown(table.markdown()))
     table.write(folder, distilled=str(distilled))
     return _metrics(table, list(made))
@@ -122,6 +131,22 @@ def evaluate_distilled(
 
 def _augment(augment: Mapping[str, Any] | None) -> DSA | None:
     return None if augment is None else DSA(**augment)
+
+
+def _described(data: Any) -> dict[str, Any]:
+    """What the datamodule of the real images, or the one inside of a DistilledSet, says of them."""
+    real = data if hasattr(data, "description") else getattr(data, "test", None)
+    return getattr(real, "description", dict)()
+
+
+def _doubts(few: Distilled, experts: Sequence[Trajectory]) -> list[str]:
+    """What a reader must know of images that the set, or the experts, may have seen."""
+    doubts = []
+    if not few.about.get("data"):
+        doubts.append("the set does not say of which images it is made, the test split may be among them")
+    if (few.about.get("experts") or {}).get("imported") or any(expert.is_imported for expert in experts):
+        doubts.append(IMPORTED)
+    return doubts
 
 
 def _recorded_convnet(few: Distilled) -> dict[str, Any] | None:
@@ -140,7 +165,7 @@ def _metrics(table: Table, nets: Sequence[str]) -> dict[str, float]:
             found[f"eval/{net}/acc"] = row.mean
             found |= {} if row.std is None else {f"eval/{net}/std": row.std}
     first = table.metrics(nets[0])
-    found |= {f"eval/{arm}/acc": first[arm] for arm in ("random", "random_soft", "whole") if arm in first}
+    found |= {f"eval/{arm}/acc": first[arm] for arm in BASELINES if arm in first}
     return found | {f"eval/{name}": value for name, value in table.scores.items()}
 
 

@@ -1,5 +1,7 @@
 """What both callbacks of a distilled set ask of the module whose images are learned."""
 
+from typing import Any
+
 from lightning import LightningModule
 
 from hasten.errors import HastenError
@@ -18,6 +20,12 @@ def check_synthetic(pl_module: LightningModule, owner: str, name: str) -> None:
             f"{owner}: {type(pl_module).__name__}: expected an attribute synthetic with a SyntheticSet, got none; "
             f"add it or leave {name} out"
         )
+
+
+def described(data: Any) -> dict[str, Any]:
+    """What the datamodule, or the one it is built around, says of its images; nothing where it is someone else's."""
+    real = data if hasattr(data, "description") else getattr(data, "data", None)
+    return getattr(real, "description", dict)()
 
 
 def few_images(pl_module: LightningModule) -> FewImages:

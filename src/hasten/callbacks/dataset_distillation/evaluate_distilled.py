@@ -18,15 +18,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.markdown import Markdown
 
 from hasten.callbacks._sampling import publish, sampling
-from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, few_images
-from hasten.errors import HastenError, did_you_mean
-from hasten.formats.trajectories import open_trajectories
+from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, described, few_images
+from hasten.errors import HastenError
+from hasten.formats.trajectories import check_seen, open_trajectories
 from hasten.nn.dataset_distillation.comparison import (
+    BASELINES,
+    IMPORTED,
     FewImages,
     Jury,
     NetFactory,
     Recipe,
     Table,
+    check_protocol,
     check_split,
     labelling_student,
     rates,
@@ -35,17 +38,15 @@ from hasten.nn.dataset_distillation.comparison import (
 )
 from hasten.nn.dataset_distillation.dsa import DSA
 
-BASELINES = ("random", "random_soft", "whole")
-
 
 class EvaluateDistilled(Callback):
     """Train fresh nets on the synthetic set of a module, keep the best set, and end the fit with a table of numbers.
 
-    Every ``every`` iterations ``seeds`` fresh nets of the first architecture are trained on the set as it is and
-    measured on the validation split, the holdout, which alone says which set is ``best``. At the end of the fit all
-    nets are trained on the final set, the best set and the baselines, and measured on the test split, which decides
-    nothing. A learning rate that is not the set's own is chosen on the holdout, from that and 0.01 and 0.1, for each
-    row by a net of its own. The training does not notice.
+    At the start and every ``every`` iterations ``seeds`` fresh nets of the first architecture are trained on the set as
+    it is and measured on the validation split, the holdout, which alone says which set is ``best``. At the end of the
+    fit all nets are trained on the final set, the best set and the baselines, and measured on the test split, which
+    decides nothing. A learning rate that is not the set's own is chosen on the holdout, from that and 0.01 and 0.1, for
+    each row by a net of its own. The training does not notice.
 
     Logs ``eval/acc``, the mean accuracy on the holdout, likewise as ``eval/<net>/acc`` with ``eval/<net>/std``. At the
     end, of the test split: ``eval/<net>/acc_final``, ``acc_best``, ``std_final`` and ``std_best``; of the first net
@@ -70,13 +71,13 @@ class EvaluateDistilled(Callback):
 
     Attributes:
         best: the set that was best on the holdout, so far; in the checkpoint.
-        best_iteration: when that was, 0 before the first evaluation.
+        best_iteration: when that was; 0 is the set that the distillation began with.
         table: of the last fit's end.
 
     Raises:
         ValueError: for a number out of its range.
         HastenError: at the start of a fit, where the module has no synthetic set, the datamodule lacks a split or the
-            real images, or there are no experts who could label them.
+            real images, or there are no experts who could label them, or these were trained on others.
 
     Source: the protocol of arXiv:2006.05929 with a holdout; the scores of DD-Ranking, arXiv:2505.13300.
 
@@ -112,10 +113,10 @@ class EvaluateDistilled(Callback):
             raise ValueError(
                 "evaluate_distilled: nets: expected at least one, name -> function that makes it, got none"
             )
-        if lr not in ("learned", "holdout") and not (isinstance(lr, (int, float)) and lr > 0):
-            raise ValueError(f"evaluate_distilled: lr: expected learned, holdout or a number > 0, got {lr!r}")
-        if unknown := [name for name in baselines if name not in BASELINES]:
-            raise ValueError(f"evaluate_distilled: baselines: got {unknown[0]!r}{did_you_mean(unknown[0], BASELINES)}")
+        try:
+            check_protocol(lr, baselines)
+        except ValueError as error:
+            raise ValueError(f"evaluate_distilled: {error}") from None
         self.nets = dict(nets)
         self.every = every
         self.seeds = seeds
@@ -157,6 +158,10 @@ class EvaluateDistilled(Callback):
         except ValueError as error:
             raise HastenError(f"evaluate_distilled: {error}") from error
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._evaluate(trainer, pl_module)  # so that the best set is never worse than the one it began with
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -182,9 +187,16 @@ class EvaluateDistilled(Callback):
     def report(self) -> dict[str, Any]:
         """How and what it has measured so far, for JSON; ``evaluate_distilled`` repeats it from that."""
         augment = self.augment and {"ops": list(self.augment.ops), "share": self.augment.share}
-        protocol = {"nets": list(self.nets), "seeds": self.seeds, "epochs": self.epochs, "lr": self.lr}
         return {
-            "protocol": protocol | {"augment": augment, "seed": self.seed},
+            "protocol": {
+                "nets": list(self.nets),
+                "seeds": self.seeds,
+                "epochs": self.epochs,
+                "whole_epochs": self.whole_epochs,
+                "lr": self.lr,
+                "augment": augment,
+                "seed": self.seed,
+            },
             "best_iteration": self.best_iteration,
             "holdout": [list(pair) for pair in self._history],
             "table": self.table and self.table.to_json(),
@@ -209,6 +221,7 @@ class EvaluateDistilled(Callback):
         if "random_soft" not in self.baselines:
             return replace(self._recipe, data=data)
         experts = open_trajectories(self.experts) if self.experts else getattr(data, "experts", ())
+        check_seen(experts, described(data), owner="evaluate_distilled")
         student = labelling_student(self.student or next(iter(self.nets.values())), experts)
         return replace(self._recipe, data=data, experts=experts, student=student)
 
@@ -256,8 +269,9 @@ class EvaluateDistilled(Callback):
         if one:  # the last set is the best one, and is not trained on twice
             pairs = [(replace(row, arm="final"), row) if row.arm == "best" else (row,) for row in table.rows]
             table = replace(table, rows=tuple(row for pair in pairs for row in pair))
-        if any("imported" in expert.recipe for expert in self._recipe.experts):
-            notes.append("the experts are imported and may have seen the holdout")
+        distilled_by = getattr(trainer.datamodule, "experts", ())  # type: ignore[attr-defined]
+        if any(expert.is_imported for expert in (*distilled_by, *self._recipe.experts)):
+            notes.append(IMPORTED)
         self.table = replace(table, notes=(*table.notes, *notes))
         publish(trainer, self._metrics(self.table))
         if trainer.is_global_zero:

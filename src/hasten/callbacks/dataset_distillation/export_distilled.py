@@ -1,6 +1,7 @@
 """ExportDistilled: the distilled set as files that any program can train on, the final one and the best one."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
 from hasten import __version__
-from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, few_images
+from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, described, few_images
 from hasten.callbacks.dataset_distillation.evaluate_distilled import EvaluateDistilled
 from hasten.errors import HastenError
 from hasten.formats.distilled import Distilled
-from hasten.formats.trajectories import recipe_hash
+from hasten.formats.trajectories import Trajectory, recipe_hash
 from hasten.nn.dataset_distillation.comparison import FewImages
 
 
@@ -41,10 +42,10 @@ class ExportDistilled(Callback):
         self.path = Path(path)
         self.config = None if config is None else Path(config)
         self._begun = False
-        self._best_iteration = 0  # of what is on disk
+        self._best_iteration: int | None = None  # of what is on disk
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._begun, self._best_iteration = False, 0
+        self._begun, self._best_iteration = False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_synthetic(pl_module, "export_distilled", "ExportDistilled")
@@ -77,7 +78,7 @@ class ExportDistilled(Callback):
 
     def _write_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = False  # an error after this one finds all written
-        self._best_iteration = 0  # its table is new
+        self._best_iteration = None  # its table is new
         self._write_best(trainer, pl_module)
         self._write(trainer, pl_module, "final", few_images(pl_module), trainer.global_step)
 
@@ -108,11 +109,17 @@ class ExportDistilled(Callback):
             "seed": getattr(pl_module, "seed", None),
             "config": config,
             "recipe_hash": None if config is None else recipe_hash(config),
-            "experts": {"recipe_hash": experts[0].recipe_hash, "number": len(experts)} if experts else None,
+            "data": described(data) or None,
+            "experts": _about_experts(experts) if experts else None,
             "evaluation": evaluation and evaluation.report(),
             "hasten": __version__,
             "commit": _commit(),
         }
+
+
+def _about_experts(experts: Sequence[Trajectory]) -> dict[str, Any]:
+    first = experts[0]
+    return {"recipe_hash": first.recipe_hash, "number": len(experts), "imported": first.is_imported}
 
 
 def _evaluation(trainer: Trainer) -> EvaluateDistilled | None:

@@ -1,6 +1,7 @@
 """SkipGuard: no update by a gradient that is not finite, and an end to a fit that no longer learns."""
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
@@ -21,8 +22,9 @@ class SkipGuard(Callback):
     An update is left out where all gradients are None at the optimizer's step, by the module's own decision as when a
     loss is too large, or because one of them is not finite: then this callback drops them all, and the optimizer
     changes neither weights nor momentum. The fit stops after too many in a row, as early stopping would, so that the
-    last good weights are saved, exported and evaluated; then comes the error. A module that ``ExplainsSkips`` adds
-    where it stands and what to change.
+    last good weights are saved, exported and evaluated; then comes the error. A fit that ends otherwise, with more
+    than half of its updates left out, says so in a line. A module that ``ExplainsSkips`` adds to either where it stands
+    and what to change.
 
     Logs ``train/skipped`` and ``train/non_finite``, counts since the beginning of the training.
 
@@ -50,6 +52,7 @@ class SkipGuard(Callback):
     def _forget(self) -> None:
         self._skipped = self._non_finite = 0
         self._losses: list[float] = []  # of the updates left out in a row; NaN for a gradient that is not finite
+        self._recent: deque[float] = deque(maxlen=self.patience)  # the last left out, in a row or not
         self._updates: list[str] = []  # of this batch, what became of each optimizer's step
         self._verdict: str | None = None
 
@@ -82,15 +85,15 @@ class SkipGuard(Callback):
         if verdict := self._judged():
             # stopped as by early stopping: checkpoints, exports and evaluations of the end come before the error
             trainer.should_stop = True
-            report = "lower the learning rate"
-            if isinstance(pl_module, ExplainsSkips):
-                report = pl_module.skip_report(self._losses)
-            self._verdict = f"{verdict} at step {trainer.global_step}: {report}"
+            self._verdict = f"{verdict} at step {trainer.global_step}: {_advice(pl_module, self._losses)}"
             self._losses = []  # a fit that is resumed has its patience anew
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._verdict is not None:
             raise HastenError(f"skip_guard: {self._verdict}")
+        if 2 * self._skipped > trainer.global_step:
+            advice = _advice(pl_module, list(self._recent))
+            pl_module.print(f"skip_guard: {self._skipped} of {trainer.global_step} updates were left out: {advice}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self._skipped, "non_finite": self._non_finite, "losses": list(self._losses)}
@@ -108,6 +111,7 @@ class SkipGuard(Callback):
         self._skipped += 1
         self._non_finite += not math.isfinite(loss)
         self._losses.append(loss)
+        self._recent.append(loss)
 
     def _judged(self) -> str | None:
         """What is wrong if it has been so for too long."""
@@ -117,6 +121,11 @@ class SkipGuard(Callback):
         if len(self._losses) >= self.skip_patience:
             return f"{len(self._losses)} updates in a row were left out"
         return None
+
+
+def _advice(pl_module: LightningModule, losses: list[float]) -> str:
+    """What to change where updates of these losses were left out."""
+    return pl_module.skip_report(losses) if isinstance(pl_module, ExplainsSkips) else "lower the learning rate"
 
 
 def _loss(outputs: Any) -> float:

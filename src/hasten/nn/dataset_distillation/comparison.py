@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.errors import did_you_mean
 from hasten.formats.files import whole_file, write_json
 from hasten.formats.trajectories import Trajectory
 from hasten.functional.matching import hard_logits
@@ -38,6 +39,10 @@ NetFactory = Callable[[], nn.Module]
 """Makes a fresh net that maps images (B, C, H, W) to logits (B, K)."""
 LRS = (0.01, 0.1)
 """What the holdout chooses from beside the learned step size."""
+BASELINES = ("random", "random_soft", "whole")
+"""Arms of real images."""
+IMPORTED = "the experts are imported and may have seen the holdout"
+"""The note under a table whose experts do not say on which images they were trained."""
 _LINES_EVERY_S = 10
 _STEP_IMAGES = 128
 _RANDOM_TRIALS = 3
@@ -185,6 +190,18 @@ class FewImages:
         return torch.equal(self.label_logits.softmax(1), self.hard_logits.softmax(1))
 
 
+def check_protocol(lr: object, baselines: Sequence[str]) -> None:
+    """Whether nets can be trained with this learning rate, and compared with these baselines.
+
+    Raises:
+        ValueError: where not.
+    """
+    if lr not in ("learned", "holdout") and not (isinstance(lr, (int, float)) and lr > 0):
+        raise ValueError(f"lr: expected learned, holdout or a number > 0, got {lr!r}")
+    if unknown := [name for name in baselines if name not in BASELINES]:
+        raise ValueError(f"baselines: got {unknown[0]!r}{did_you_mean(unknown[0], BASELINES)}")
+
+
 def table_of(
     sets: Mapping[str, FewImages],
     jury: "Jury",
@@ -247,6 +264,10 @@ def table_of(
         f"{recipe.augment}",
         f"lr (holdout): of the set's own {chosen.lr:.4g}, {' and '.join(map(str, LRS))} the best there, by other nets",
     ]
+    if missing := [name for name in ("random_soft", "whole") if name not in baselines]:
+        unscored = [name for name in ("hlr", "ior", "lrs") if with_scores and name not in scored]
+        without = f", and without them no {', '.join(name.upper() for name in unscored)}" if unscored else ""
+        notes.append(f"not measured: {' and '.join(missing)}{without}; add them to baselines")
     if scored:
         notes.append(f"scores: {own} on {first}, against random images with {'hard' if hard else 'soft'} labels")
     return replace(found, scores=scored, notes=tuple(notes))
