@@ -28,7 +28,7 @@ estimate of memory is 40% off.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -286,11 +286,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argument_parser(__doc__ or "")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
+    parser.add_argument("--ipc", type=int, help="only so many images a class; with 1 it takes 4 minutes on a CPU")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() and not options.dry_run else "cpu"))
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     sizes = DRY_RUN if options.dry_run else GPU if device.type == "cuda" else Sizes()
+    if options.ipc is not None:
+        chosen = [pair for pair in zip(sizes.settings, sizes.repeats, strict=True) if pair[0].ipc == options.ipc]
+        if not chosen:
+            parser.error(f"--ipc: expected one of {sorted({each.ipc for each in sizes.settings})}, got {options.ipc}")
+        settings, repeats = zip(*chosen, strict=True)
+        sizes = replace(sizes, settings=settings, repeats=repeats)
     protocol = {
         "device": device.type,
         "net": f"ConvNet, {CHANNELS} channels, {CLASSES} classes; float32, DSA, {DROP:g} dropped",
