@@ -68,6 +68,8 @@ class ExportDistilled(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not on_train_end: by now every other callback has said its last word
         self._write_all(trainer, pl_module)
+        sets = [str(self.path / name) for name in ("final", "best") if (self.path / name).is_dir()]
+        pl_module.print(f"distilled set: {' and '.join(sets)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._begun:
