@@ -117,14 +117,14 @@ class DistributionMatching(LightningModule):
         net: Any = self._flat.filled(theta).requires_grad_(False)
         generator = Generator().manual_seed(draws.getrandbits(63))
         real, synthetic = [], []
-        for of_class, images in zip(batch, self._classes(self.synthetic.images), strict=True):
+        for of_class, images in zip(batch, self.synthetic.by_class(self.synthetic.images), strict=True):
             if self.augment is not None:
                 draw = self.augment.draw(1, images.size(-1), generator)
                 of_class, images = self.augment(of_class, draw), self.augment(images, draw)
             with torch.no_grad():  # a class at a time: the activations of all real images would take gigabytes
                 real.append(net.features(of_class).flatten(1))
             synthetic.append(images)
-        features = self._classes(net.features(torch.cat(synthetic)).flatten(1))
+        features = self.synthetic.by_class(net.features(torch.cat(synthetic)).flatten(1))
         loss = self.discrepancy(torch.stack(real), features)
         self.iteration += 1
         self.log("train/matching_loss", loss, prog_bar=True)
@@ -177,10 +177,6 @@ class DistributionMatching(LightningModule):
         """What to change when the last updates changed nothing."""
         return f"lower lr_img ({self.lr_img:g})"
 
-    def _classes(self, tensor: Tensor) -> Tensor:
-        """(N, ...) -> (K, ipc, ...)."""
-        return tensor.unflatten(0, (self.synthetic.num_classes, self.synthetic.ipc))
-
     def _by_class(self, tensor: Tensor) -> Tensor:
         """The first of each class, (N, ...) -> (K, at most 10, ...)."""
-        return self._classes(tensor)[:, :_COLUMNS]
+        return self.synthetic.by_class(tensor)[:, :_COLUMNS]

@@ -370,7 +370,7 @@ class TrajectoryMatching(LightningModule):
 
     def _by_class(self, tensor: Tensor) -> Tensor:
         """The first of each class, (N, ...) -> (K, at most 10, ...)."""
-        return tensor.unflatten(0, (self.synthetic.num_classes, self.synthetic.ipc))[:, :_COLUMNS]
+        return self.synthetic.by_class(tensor)[:, :_COLUMNS]
 
 
 def _described(tensors: list[tuple[str, tuple[int, ...]]], i: int) -> str:

@@ -82,6 +82,10 @@ class SyntheticSet(nn.Module):
         if lr is not None:
             self.lr.fill_(lr)
 
+    def by_class(self, tensor: Tensor) -> Tensor:
+        """What belongs to the images a row a class, (N, ...) -> (K, ipc, ...)."""
+        return tensor.unflatten(0, (self.num_classes, self.ipc))
+
     @torch.no_grad()
     def clamp_lr_(self) -> None:
         """Lift the step size to its floor: the authors' may turn negative, and then the inner loop climbs."""
