@@ -14,11 +14,8 @@ from hasten.nn.dataset_distillation.comparison import (
     Jury,
     Progress,
     Recipe,
-    Row,
-    Table,
     candidates,
     mixed_seed,
-    scores,
     table_of,
 )
 from hasten.nn.dataset_distillation.dsa import DSA
@@ -31,6 +28,7 @@ from hasten.nn.dataset_distillation.evaluation import (
     label_robust_score,
     train_on,
 )
+from hasten.nn.dataset_distillation.table import Row, Table, scores
 
 
 def linear():

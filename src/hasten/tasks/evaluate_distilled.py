@@ -18,7 +18,6 @@ from hasten.nn.dataset_distillation.comparison import (
     FewImages,
     Jury,
     Recipe,
-    Table,
     check_protocol,
     labelling_student,
     split_batches,
@@ -26,6 +25,7 @@ from hasten.nn.dataset_distillation.comparison import (
 )
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.peers import named_nets
+from hasten.nn.dataset_distillation.table import Table
 
 _USUAL: dict[str, Any] = {"epochs": 1000, "whole_epochs": None, "lr": "learned", "seed": 0, "augment": {}}
 """The protocol for a set that does not say how it was evaluated."""

@@ -28,7 +28,6 @@ from hasten.nn.dataset_distillation.comparison import (
     Jury,
     NetFactory,
     Recipe,
-    Table,
     check_protocol,
     check_split,
     labelling_student,
@@ -36,6 +35,7 @@ from hasten.nn.dataset_distillation.comparison import (
     split_batches,
     table_of,
 )
+from hasten.nn.dataset_distillation.table import Table
 from hasten.nn.dataset_distillation.dsa import DSA
 
 
