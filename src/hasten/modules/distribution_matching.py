@@ -147,22 +147,23 @@ class DistributionMatching(LightningModule):
                 "distribution_matching: datamodule: expected real images by class, got "
                 f"{type(data).__name__}; put hasten.datamodules.ClassBatches around it"
             )
-        own = (self.synthetic.num_classes, tuple(self.synthetic.images.shape[1:]))
-        if own != (data.num_classes, tuple(data.image_shape)):
-            raise HastenError(
-                f"distribution_matching: synthetic: expected {data.num_classes} classes of images "
-                f"{tuple(data.image_shape)} as in the data, got {own[0]} of {own[1]}"
-            )
-        if self.iteration > 0:
-            return
-        generator = generator_of(self.seed, "init")
         try:
-            images, labels = self.init(
-                data, self._flat, data.experts, ipc=self.synthetic.ipc, generator=generator, device=self.device
-            )
-            self.synthetic.fill(images, labels)
+            self.synthetic.check_data(data.num_classes, data.image_shape)
+            if self.iteration == 0:
+                self._fill(data)
         except ValueError as error:
             raise HastenError(f"distribution_matching: {error}") from error
+
+    def _fill(self, data: Any) -> None:
+        images, labels = self.init(
+            data,
+            self._flat,
+            data.experts,
+            ipc=self.synthetic.ipc,
+            generator=generator_of(self.seed, "init"),
+            device=self.device,
+        )
+        self.synthetic.fill(images, labels)
         self.initial.copy_(self._by_class(self.synthetic.images.detach()))
 
     # ------------------------------------------------------------------ what it shows

@@ -239,8 +239,9 @@ class TrajectoryMatching(LightningModule):
     def on_fit_start(self) -> None:
         """Check, and fill the set: not in ``setup``, where nothing is restored yet nor on its device."""
         data, experts = self._data_and_experts()
-        self._check_fit(data, experts)
+        self._check_fit(experts)
         try:
+            self.synthetic.check_data(data.num_classes, data.image_shape)
             if self.guide is not None and self.guide.net is None:
                 self.guide.net = self.student.filled(experts[0].at(-1))
             if self.iteration == 0:
@@ -266,28 +267,19 @@ class TrajectoryMatching(LightningModule):
             )
         return datamodule, datamodule.experts
 
-    def _check_fit(self, data: HasRealImages, experts: Sequence[Trajectory]) -> None:
+    def _check_fit(self, experts: Sequence[Trajectory]) -> None:
         if self.trainer.precision != "32-true":
             # an inner step moves a parameter by about 1e-4 of itself
             raise HastenError(
                 f"trajectory_matching: precision: expected 32-true, got {self.trainer.precision}, which does not "
                 "resolve an inner step"
             )
-        found = [(name, tuple(shape)) for name, shape in zip(experts[0].names, experts[0].shapes, strict=True)]
-        wanted = [(name, tuple(shape)) for name, shape in zip(self.student.names, self.student.shapes, strict=True)]
-        for i in range(max(len(wanted), len(found))):
-            here, there = (_described(tensors, i) for tensors in (wanted, found))
-            if here != there:
-                raise HastenError(
-                    f"trajectory_matching: model: parameter {i}: expected {there} as in {experts[0].path.name}, got "
-                    f"{here}; set model to theirs, or train experts of this one by experiment=EXPERTS and add first=[] "
-                    "datamodule.path=FOLDER/experts"
-                )
-        own = (self.synthetic.num_classes, tuple(self.synthetic.images.shape[1:]))
-        if own != (data.num_classes, tuple(data.image_shape)):
+        if (difference := self.student.first_difference(experts[0].names, experts[0].shapes)) is not None:
+            i, here, there = difference
             raise HastenError(
-                f"trajectory_matching: synthetic: expected {data.num_classes} classes of images "
-                f"{tuple(data.image_shape)} as in the data, got {own[0]} of {own[1]}"
+                f"trajectory_matching: model: parameter {i}: expected {there} as in {experts[0].path.name}, got "
+                f"{here}; set model to theirs, or train experts of this one by experiment=EXPERTS and add first=[] "
+                "datamodule.path=FOLDER/experts"
             )
 
     def _fill(self, data: HasRealImages, experts: Sequence[Trajectory]) -> None:
@@ -371,10 +363,6 @@ class TrajectoryMatching(LightningModule):
     def _by_class(self, tensor: Tensor) -> Tensor:
         """The first of each class, (N, ...) -> (K, at most 10, ...)."""
         return self.synthetic.by_class(tensor)[:, :_COLUMNS]
-
-
-def _described(tensors: list[tuple[str, tuple[int, ...]]], i: int) -> str:
-    return f"{tensors[i][0]} {tensors[i][1]}" if i < len(tensors) else "none"
 
 
 def _heat(cam: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from hasten.errors import HastenError
 from hasten.formats import whole_file, write_json
 from hasten.functional import cam_complexity, grad_cam
+from hasten.tasks._device import device_of
 
 
 def complexity(
@@ -66,7 +67,7 @@ def complexity(
             f"complexity: easy and hard: expected together 1 to {classes} classes, the number there is, got {easy} and "
             f"{hard}"
         )
-    measured = _measured(data, net, layer, saliency, batch_size, _device(accelerator), seed)
+    measured = _measured(data, net, layer, saliency, batch_size, device_of(accelerator), seed)
     counts = data.train_labels.bincount(minlength=classes)
     means = torch.zeros(classes).index_add(0, data.train_labels, measured) / counts
     order = means.argsort(descending=True, stable=True).tolist()
@@ -145,8 +146,3 @@ def _chart(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.legend([grade for grade in colors if grade])
     with whole_file(path) as unfinished:
         figure.savefig(unfinished)
-
-
-def _device(accelerator: str) -> torch.device:
-    found = torch.accelerator.current_accelerator() if accelerator != "cpu" else None
-    return found or torch.device("cpu")

@@ -13,6 +13,7 @@ from hasten.errors import HastenError
 from hasten.formats import open_trajectories, whole_file
 from hasten.formats.trajectories import check_seen
 from hasten.nn import FlatModel, grand
+from hasten.tasks._device import device_of
 
 _COLUMNS = 5  # images of a class at either end of the picture
 _CELL_PX = 48  # smaller images are enlarged by a whole factor until they are at least so wide
@@ -62,7 +63,7 @@ def difficulty(
     check_seen(asked, getattr(data, "description", dict)(), owner="difficulty")
     if not 0 <= epoch <= asked[0].epochs:
         raise HastenError(f"difficulty: epoch: expected 0 to {asked[0].epochs}, as long as experts train, got {epoch}")
-    device = (torch.accelerator.current_accelerator() if accelerator != "cpu" else None) or torch.device("cpu")
+    device = device_of(accelerator)
     batches = len(asked) * -(-len(data.train_labels) // batch_size)
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=batches)

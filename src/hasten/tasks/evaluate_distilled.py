@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import rich
-import torch
 from rich.markdown import Markdown
 
 from hasten.errors import HastenError
@@ -26,6 +25,7 @@ from hasten.nn.dataset_distillation.comparison import (
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.peers import named_nets
 from hasten.nn.dataset_distillation.table import Table
+from hasten.tasks._device import device_of
 
 _USUAL: dict[str, Any] = {"epochs": 1000, "whole_epochs": None, "lr": "learned", "seed": 0, "augment": {}}
 """The protocol for a set that does not say how it was evaluated."""
@@ -112,7 +112,7 @@ def evaluate_distilled(
             recipe = replace(recipe, experts=found, student=student)
         table = table_of(
             {"distilled": FewImages(few.images, few.label_logits, few.hard_labels, few.syn_lr)},
-            Jury(made, seeds=seeds, seed=protocol["seed"], device=_device(accelerator)),
+            Jury(made, seeds=seeds, seed=protocol["seed"], device=device_of(accelerator)),
             recipe,
             split_batches(data, "val"),
             split_batches(data, "test"),
@@ -167,8 +167,3 @@ def _metrics(table: Table, nets: Sequence[str]) -> dict[str, float]:
     first = table.metrics(nets[0])
     found |= {f"eval/{arm}/acc": first[arm] for arm in BASELINES if arm in first}
     return found | {f"eval/{name}": value for name, value in table.scores.items()}
-
-
-def _device(accelerator: str) -> torch.device:
-    found = torch.accelerator.current_accelerator() if accelerator != "cpu" else None
-    return found or torch.device("cpu")

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +54,20 @@ class FlatModel:
         Raises:
             ValueError: where a name or a shape differs; names the first.
         """
-        found = [(name, parameter.shape) for name, parameter in model.named_parameters()]
-        wanted = list(zip(self.names, self.shapes, strict=True))
-        for i in range(max(len(wanted), len(found))):
-            here, there = (_described(tensors, i) for tensors in (wanted, found))
-            if here != there:
-                raise ValueError(f"flatten: parameter {i}: expected {here}, got {there}; build the same network twice")
+        named = dict(model.named_parameters())
+        if (difference := self.first_difference(named, [parameter.shape for parameter in named.values()])) is not None:
+            i, here, there = difference
+            raise ValueError(f"flatten: parameter {i}: expected {here}, got {there}; build the same network twice")
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def first_difference(self, names: Iterable[str], shapes: Iterable[Sequence[int]]) -> tuple[int, str, str] | None:
+        """The place of the first parameter that is another here and there, and which it is here and there."""
+        wanted = map(_described, self.names, self.shapes)
+        found = map(_described, names, shapes)
+        for i, (here, there) in enumerate(zip_longest(wanted, found, fillvalue="none")):
+            if here != there:
+                return i, here, there
+        return None
 
     def filled(self, theta: Tensor) -> nn.Module:
         """A new network in eval mode with these parameters; it shares no memory with theta."""
@@ -120,5 +129,5 @@ def _refuse_state(model: nn.Module) -> None:
         )
 
 
-def _described(tensors: list[tuple[str, torch.Size]], i: int) -> str:
-    return f"{tensors[i][0]} {tuple(tensors[i][1])}" if i < len(tensors) else "none"
+def _described(name: str, shape: Sequence[int]) -> str:
+    return f"{name} {tuple(shape)}"

@@ -1,5 +1,7 @@
 """SyntheticSet: the few images that dataset distillation learns, their labels and the step size for them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +83,19 @@ class SyntheticSet(nn.Module):
         self.labels.copy_(labels)
         if lr is not None:
             self.lr.fill_(lr)
+
+    def check_data(self, num_classes: int, image_shape: Sequence[int]) -> None:
+        """Whether it could hold images of such data.
+
+        Raises:
+            ValueError: for other classes or another shape.
+        """
+        own = (self.num_classes, tuple(self.images.shape[1:]))
+        if own != (num_classes, tuple(image_shape)):
+            raise ValueError(
+                f"synthetic: expected {num_classes} classes of images {tuple(image_shape)} as in the data, got "
+                f"{own[0]} of {own[1]}"
+            )
 
     def by_class(self, tensor: Tensor) -> Tensor:
         """What belongs to the images a row a class, (N, ...) -> (K, ipc, ...)."""
