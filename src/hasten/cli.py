@@ -100,7 +100,7 @@ def _list(words: list[str]) -> int:
 
 
 def _compare(words: list[str]) -> int:
-    from hasten.compare import main
+    from hasten.commands.compare import main
 
     return main(words)
 

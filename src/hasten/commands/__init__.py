@@ -1,0 +1,1 @@
+"""What ``hasten WORD ...`` does beside runs: a file a word, with ``main(words) -> int``; cli imports the one asked for."""
