@@ -1,1 +1,1 @@
-"""What ``hasten WORD ...`` does beside runs: a file a word, with ``main(words) -> int``; cli imports the one asked for."""
+"""What ``hasten WORD ...`` does beside runs: a file a word, with ``main(words) -> int``, imported when needed."""

@@ -1,8 +1,8 @@
 """The generating part of a hypernetwork: an MLP over the encoded input, and the four heads that make weights of it.
 
 A head is chosen by a small frozen object, which knows how many parameters it takes and builds the network from
-E, (e,) or (B, e), to a list of deltas, one a tensor: (*shape) or (B, *shape). At the start every delta has about the
-same norm, sqrt(2) |E|, however large its tensor is. H is the width of the MLP's last layer.
+E, (e,) or (B, e), to the deltas of all tensors in one row, (P,) or (B, P): each flat, one after the other. At the start
+every delta has about the same norm, sqrt(2) |E|, however large its tensor is. H is the width of the MLP's last layer.
 """
 
 import logging
@@ -68,7 +68,7 @@ class Dense:
         return width * _numel(shapes)
 
     def build(self, plan: Plan) -> nn.Module:
-        """The network, E -> deltas."""
+        """The network, E -> deltas, (..., e) -> (..., P)."""
         return _DenseNetwork(plan)
 
 
@@ -94,7 +94,7 @@ class Basis:
         return self.k * (width + _numel(shapes))
 
     def build(self, plan: Plan) -> nn.Module:
-        """The network, E -> deltas."""
+        """The network, E -> deltas, (..., e) -> (..., P)."""
         return _BasisNetwork(plan, self.k)
 
 
@@ -123,7 +123,7 @@ class LoRA:
         return factors + width * sum(_lora_outputs(shape, self.r) for shape in shapes)
 
     def build(self, plan: Plan) -> nn.Module:
-        """The network, E -> deltas."""
+        """The network, E -> deltas, (..., e) -> (..., P)."""
         return _LoRANetwork(plan, self.r)
 
 
@@ -153,7 +153,7 @@ class Chunked:
         return width * size + self.embedding * math.ceil(_numel(shapes) / size)
 
     def build(self, plan: Plan) -> nn.Module:
-        """The network, E -> deltas."""
+        """The network, E -> deltas, (..., e) -> (..., P)."""
         return _ChunkedNetwork(plan, self.size, self.embedding)
 
 
@@ -212,28 +212,26 @@ def _described(head: Head, shapes: Shapes, width: int) -> str:
 class _DenseNetwork(nn.Module):
     def __init__(self, plan: Plan):
         super().__init__()
-        self.shapes = plan.shapes
         self.trunk = _mlp(plan.in_features, plan)
         # the rows of each tensor are initialised as a layer of their own: one fan-out for all would let large tensors
         # set the scale of small ones
         self.head = _linear(plan, [(n, 0.0 if plan.zero else fan_out_std(n)) for n in map(math.prod, plan.shapes)])
 
-    def forward(self, encoded: Tensor) -> list[Tensor]:
-        return _split(self.head(self.trunk(encoded)), self.shapes)
+    def forward(self, encoded: Tensor) -> Tensor:
+        return self.head(self.trunk(encoded))
 
 
 class _BasisNetwork(nn.Module):
     def __init__(self, plan: Plan, k: int):
         super().__init__()
-        self.shapes = plan.shapes
         self.trunk = _mlp(plan.in_features, plan)
         # zero coefficients, and not a zero bank as well: a product of two zeros has no gradient and stays 0 for ever
         self.head = _linear(plan, [(k, 0.0 if plan.zero else fan_out_std(k, gain=1.0))])
         bank = [_normal((k, n), fan_out_std(n), plan) for n in map(math.prod, plan.shapes)]
         self.bank = nn.Parameter(torch.cat(bank, dim=1))
 
-    def forward(self, encoded: Tensor) -> list[Tensor]:
-        return _split(basis_delta(self.head(self.trunk(encoded)), self.bank), self.shapes)
+    def forward(self, encoded: Tensor) -> Tensor:
+        return basis_delta(self.head(self.trunk(encoded)), self.bank)
 
 
 class _LoRANetwork(nn.Module):
@@ -257,32 +255,31 @@ class _LoRANetwork(nn.Module):
             torch.zeros(rank, _as_matrix(shape)[1]) for shape, rank in zip(matrices, ranks, strict=True)
         )
 
-    def forward(self, encoded: Tensor) -> list[Tensor]:
+    def forward(self, encoded: Tensor) -> Tensor:
         parts = self.head(self.trunk(encoded)).split(self.outputs, dim=-1)
         factors = zip(self.u, self.v, strict=True)
-        lead = encoded.shape[:-1]
         deltas = []
         for part, shape in zip(parts, self.shapes, strict=True):
             if len(shape) > 1:
                 u, v = next(factors)
-                part = lora_delta(u, part, v)
-            deltas.append(part.reshape((*lead, *shape)))
-        return deltas
+                part = lora_delta(u, part, v).flatten(-2)
+            deltas.append(part)
+        return torch.cat(deltas, dim=-1)
 
 
 class _ChunkedNetwork(nn.Module):
     def __init__(self, plan: Plan, size: int, embedding: int):
         super().__init__()
-        self.shapes, self.bound = plan.shapes, plan.bound
-        self.numel = _numel(plan.shapes)
+        self.bound, self.numel = plan.bound, _numel(plan.shapes)
         size = min(size, self.numel)
         # a chunk may span tensors: its rows have one scale, and each tensor is brought to its own
-        self.scales = [math.sqrt(size / math.prod(shape)) for shape in plan.shapes]
+        scales = [torch.full((n,), math.sqrt(size / n)) for n in map(math.prod, plan.shapes)]
+        self.register_buffer("scales", torch.cat(scales), persistent=False)
         self.trunk = _mlp(plan.in_features + embedding, plan)
         self.head = _linear(plan, [(size, 0.0 if plan.zero else fan_out_std(size))])
         self.embedding = nn.Parameter(_normal((math.ceil(self.numel / size), embedding), 1.0, plan))
 
-    def forward(self, encoded: Tensor) -> list[Tensor]:
+    def forward(self, encoded: Tensor) -> Tensor:
         lead, chunks = encoded.shape[:-1], len(self.embedding)
         # a learned embedding has a norm of its own, which would leak into every weight as a raw input does; E is
         # divided by a constant, so that encodings without constant norm keep what they say by it
@@ -290,14 +287,8 @@ class _ChunkedNetwork(nn.Module):
             (encoded / self.bound).unsqueeze(-2).expand(*lead, chunks, -1),
             normalize(self.embedding, dim=-1).expand(*lead, chunks, -1),
         ]
-        flat = self.head(self.trunk(torch.cat(sides, dim=-1) / math.sqrt(2))).flatten(-2)[..., : self.numel]
-        return [delta * scale for delta, scale in zip(_split(flat, self.shapes), self.scales, strict=True)]
-
-
-def _split(flat: Tensor, shapes: Shapes) -> list[Tensor]:
-    """(..., P) -> one view a shape, (..., *shape)."""
-    parts = flat.split([math.prod(shape) for shape in shapes], dim=-1)
-    return [part.reshape((*flat.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)]
+        chunks_of = self.head(self.trunk(torch.cat(sides, dim=-1) / math.sqrt(2)))
+        return chunks_of.flatten(-2)[..., : self.numel] * self.scales
 
 
 def _mlp(in_features: int, plan: Plan) -> nn.Sequential:

@@ -44,7 +44,7 @@ class HyperModel(nn.Module):
     Attributes:
         model: the object that was passed in; its parameters are theta0, its state_dict keys stand under "model.".
         encoding: from inputs to E.
-        hyper: from E to the deltas.
+        hyper: from E to the deltas of all those, (..., e) -> (..., P), each flat, one after the other.
         names: the parameters of the model that are generated.
 
     Example:
@@ -102,7 +102,7 @@ class HyperModel(nn.Module):
 
     def delta(self, **inputs: Any) -> dict[str, Tensor]:
         """What is added to the model's own parameters, by name: shape, or (B, *shape) where an input is per sample."""
-        return self._delta(self._encoded(inputs))
+        return self._by_name(self.hyper(self._encoded(inputs)))
 
     def materialize(self, *, recalibrate: Iterable[Any] | None = None, **inputs: Any) -> nn.Module:
         """A deep copy of the model with the weights of one value of each input: a plain module, to export or to keep.
@@ -166,15 +166,20 @@ class HyperModel(nn.Module):
     def _encoded(self, values: Mapping[str, Any]) -> Tensor:
         return self.encoding(values, self._like())
 
-    def _delta(self, encoded: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.hyper(encoded), strict=True))
-
     def _theta(self, encoded: Tensor) -> dict[str, Tensor]:
-        theta = {}
-        for name, delta in self._delta(encoded).items():
-            own = self.model.get_parameter(name)
-            theta[name] = own + delta.to(own.dtype)
-        return theta
+        # one sum for all tensors: one for each would cost a small network as much as its layers do
+        own = torch.cat([self.model.get_parameter(name).flatten() for name in self.names])
+        return self._by_name(own + self.hyper(encoded).to(own.dtype))
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """(..., P) -> a view for each name, (..., *shape), in the type of the parameter."""
+        own = [self.model.get_parameter(name) for name in self.names]
+        parts = flat.split([parameter.numel() for parameter in own], dim=-1)
+        lead = flat.shape[:-1]
+        return {
+            name: part.reshape((*lead, *parameter.shape)).to(parameter.dtype)
+            for name, part, parameter in zip(self.names, parts, own, strict=True)
+        }
 
     def _as_passed(self, name: str, value: Any) -> Any:
         """An input as the model sees it: as it was given, but a list as the tensor that can be mapped."""
