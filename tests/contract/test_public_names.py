@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["functional", "nn", "optim", "modules", "callbacks", "datamodules"]
+PACKAGES = ["functional", "nn", "optim", "modules", "callbacks", "datamodules", "formats"]
 PUBLIC = [
     (package, name)
     for package in PACKAGES

@@ -159,7 +159,7 @@ def start_window(
 
 
 def trajectory_matching_loss(end: Tensor, target: Tensor, start: Tensor, *, keep: Tensor | None = None) -> Tensor:
-    """|end - target|^2 / |start - target|^2 over the parameters that are kept, (P,), (P,), (P,) -> ().
+    """``|end - target|^2 / |start - target|^2`` over the parameters that are kept, (P,), (P,), (P,) -> ().
 
     1 for a student that did not move, 0 for one that arrived.
 

@@ -206,7 +206,7 @@ def snr_weights(
 def to_prediction_type(weights: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
     """Weights of the noise MSE as weights of another target's MSE, any shape -> same shape: the same loss.
 
-    One error seen three ways: |e_v|^2 = |e_eps|^2 (SNR + 1) / SNR and |e_x0|^2 = |e_eps|^2 / SNR.
+    One error seen three ways: ``|e_v|^2 = |e_eps|^2 (SNR + 1) / SNR`` and ``|e_x0|^2 = |e_eps|^2 / SNR``.
 
     Args:
         weights: of the noise MSE, per entry of ``snr``.

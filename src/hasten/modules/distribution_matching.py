@@ -34,7 +34,7 @@ class DistributionMatching(LightningModule):
     Args:
         model: the network whose form is drawn anew; embeds by ``features``, (B, C, H, W) -> (B, F).
         synthetic: what is learned.
-        init: (data, network, experts, *, ipc, generator, device) -> images and label logits to start from; see
+        init: ``(data, network, experts, *, ipc, generator, device)`` -> images and label logits to start from; see
             ``hasten.nn.dataset_distillation.initial``.
         discrepancy: (real (K, R, F), synthetic (K, ipc, F)) -> ().
         augment: with ``share="batch"``, which treats real and synthetic images alike; None for none.

@@ -46,12 +46,12 @@ class HyperNetwork(LightningModule):
 
     Args:
         model: from ``hasten.nn.hypernetize``; or a ``SeparateModels``, its control.
-        loss: (output, target, **inputs) -> a scalar or a number a sample.
+        loss: ``(output, target, **inputs)`` -> a scalar or a number a sample.
         optimizer: called with parameter groups; hypernetwork, vectors and what the network names carry no weight decay.
             Needed to train.
         scheduler: called with the optimizer, and with ``total_steps`` where it takes that; stepped every step.
-        transform: (batch, **inputs) -> (x, target); None: batches are such pairs.
-        penalty: (model, **inputs) -> a scalar that is added to the training loss alone.
+        transform: ``(batch, **inputs)`` -> (x, target); None: batches are such pairs.
+        penalty: ``(model, **inputs)`` -> a scalar that is added to the training loss alone.
         draw: "batch", one value of each input for all its samples, or "sample", a value and weights for each.
         grid: values of each input, at least 2; a Choice has all of its own.
         metrics: name -> a torchmetrics metric of (output, target); its ``higher_is_better`` says what is the worst.

@@ -60,7 +60,7 @@ class TrajectoryMatching(LightningModule):
     Args:
         model: the student, of the experts' architecture; its weights are of no account.
         synthetic: what is learned.
-        init: (data, student, experts, *, ipc, generator, device) -> images and label logits to start from; see
+        init: ``(data, student, experts, *, ipc, generator, device)`` -> images and label logits to start from; see
             ``hasten.nn.dataset_distillation.initial``.
         syn_steps: inner steps, >= 1.
         batch_syn: synthetic images in each; None: all.

@@ -97,11 +97,11 @@ class HyperModel(nn.Module):
         return self._call_per_sample(encoded, args, kwargs)
 
     def generate(self, **inputs: Any) -> dict[str, Tensor]:
-        """Theta by parameter name: its shape, or (B, *shape) where an input is per sample."""
+        """Theta by parameter name: its shape, or ``(B, *shape)`` where an input is per sample."""
         return self._theta(self._encoded(inputs))
 
     def delta(self, **inputs: Any) -> dict[str, Tensor]:
-        """What is added to the model's own parameters, by name: shape, or (B, *shape) where an input is per sample."""
+        """What is added to the model's own parameters, by name: shape, or ``(B, *shape)`` for inputs per sample."""
         return self._by_name(self.hyper(self._encoded(inputs)))
 
     def materialize(self, *, recalibrate: Iterable[Any] | None = None, **inputs: Any) -> nn.Module:
