@@ -10,10 +10,10 @@ train: $(READY)          ## the main job; make train ARGS="experiment=classify_d
 	$(BIN)/python train.py $(ARGS)
 
 test: $(READY)           ## everything that takes under ten minutes
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(READY)      ## the rest: full digits runs, notebooks, several processes
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(READY)           ## style, types, and the layers
 	$(BIN)/ruff check .
