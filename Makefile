@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint bench docs
+.PHONY: train test test-slow lint bench docs pages
 
 train: $(READY)          ## the main job; make train ARGS="experiment=classify_digits"
 	$(BIN)/python train.py $(ARGS)
@@ -23,6 +23,9 @@ lint: $(READY)           ## style, types, and the layers
 
 bench: $(READY)          ## the benchmarks that a CPU can run
 	for script in speed scan merge_op merge_throughput rmeeto_recovery mip mip_plumbing edf unrolls; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+
+pages: $(READY)          ## the table of methods in README.md, and benchmarks/README.md, from cards and results
+	$(BIN)/python docs/pages.py
 
 docs: $(READY)           ## the documentation, docs/_build/index.html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

@@ -15,6 +15,7 @@ from hasten import __version__, registry
 
 ROOT, DOCS = Path(__file__).parents[1], Path(__file__).parent
 PAGES = DOCS / "_pages"
+CARDS = Path("src/hasten/cards")
 PACKAGES = ["functional", "nn", "optim", "modules", "callbacks", "datamodules", "formats"]
 
 project, author, release = "hasten", "the authors of hasten", __version__
@@ -42,10 +43,10 @@ def write_pages() -> None:
         Path("README.md"): PAGES / "readme.md",
         Path("CONTRIBUTING.md"): PAGES / "contributing.md",
         Path("benchmarks/README.md"): PAGES / "benchmarks.md",
-    } | {Path(f"cards/{name}.md"): PAGES / f"cards/{name}.md" for name in cards}
+    } | {CARDS / f"{name}.md": PAGES / f"cards/{name}.md" for name in cards}
     shutil.rmtree(PAGES, ignore_errors=True)
     for source, page in pages.items():
-        if source.parts[0] == "cards":
+        if source.parent == CARDS:
             title, _, body = cards[source.stem].text.lstrip().partition("\n")
             text = f"{title}\n\n{_facts(cards[source.stem])}\n{body}"
         else:

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that ``hasten --help`` and ``hasten list`` answer at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -13,10 +14,10 @@ from hasten.errors import HastenError
 
 CARD_FIELDS = {
     "method": ["name", "family", "paper", "exports", "experiments", "tests", "benchmark", "saves", "costs", "evidence"]
-    + ["ddp", "compile", "when_not"],
+    + ["evidence_here", "paper_reports", "ddp", "compile", "when_not"],
     "tool": ["name", "exports", "tests", "gives", "ddp"],
 }
-"""The front matter a card owes, by its ``kind``."""
+"""The front matter a card owes, by its ``kind``; a method's ``exports`` begin with the name that is the method."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,23 @@ def cards() -> dict[str, Card]:
     return {card.name: card for card in sorted(found, key=lambda card: (card.kind, card.name))}
 
 
+def methods_used(config: Any, experiment: str) -> list[Card]:
+    """The methods that a plain config builds: those whose first export is a ``_target_`` in it.
+
+    Where that is the same for several methods, the ones that list ``experiment``, if any does.
+
+    Example:
+        >>> config = {"callbacks": {"token_merging": {"_target_": "hasten.callbacks.TokenMerging", "r": 8}}}
+        >>> [card.name for card in methods_used(config, "tome_digits")]
+        ['tome']
+    """
+    targets = set(_targets(config))
+    used = [card for card in cards().values() if card.kind == "method" and card.front["exports"][0] in targets]
+    listing = [card for card in used if experiment in card.front["experiments"]]
+    settled = {card.front["exports"][0] for card in listing}
+    return [card for card in used if card in listing or card.front["exports"][0] not in settled]
+
+
 def group(name: str) -> dict[str, str]:
     """The options of a config group with their one-line summaries, e.g. ``group("experiment")``.
 
@@ -71,6 +89,14 @@ def groups() -> list[str]:
     """
     folders = files("hasten").joinpath("configs").iterdir()
     return sorted(folder.name for folder in folders if folder.is_dir() and not folder.name.startswith("_"))
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict) and "_target_" in node:
+        yield node["_target_"]
+    if isinstance(node, dict | list):
+        for below in node.values() if isinstance(node, dict) else node:
+            yield from _targets(below)
 
 
 def _summary(text: str) -> str:

@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hasten import registry
+from hasten.cli import main
+from hasten.run import compose
 
 ROOT = Path(__file__).parents[2]
 CARDS = registry.cards()
@@ -51,14 +54,46 @@ def test_a_method_says_how_it_goes_with_several_processes(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_card_ends_with_when_not_to_use_it_and_how_to_cite_it(name):
-    headings = re.findall(r"^## (.+)$", METHODS[name].text, flags=re.MULTILINE)
-    assert headings[-2:] == ["When not", "Citation"]
+    card = METHODS[name]
+    sections = re.split(r"^## (.+)$", card.text, flags=re.MULTILINE)[1:]
+    assert sections[-4::2] == ["When not to use it", "Citation"], f"cards/{name}.md: these are its last two sections"
+    when_not, citation = sections[-3::2]
+    assert re.search(r"^- .+", when_not, flags=re.MULTILINE), f"cards/{name}.md: When not to use it: a list of cases"
+    title, _, rest = card.front["paper"].partition(", ")
+    plain = re.sub(r"[{}]", "", citation)
+    assert title in plain, f"cards/{name}.md: Citation: expected the title of the front matter, {title!r}"
+    assert re.findall(r"\d{4}\.\d{5}", rest) == re.findall(r"\d{4}\.\d{5}", plain)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_readme_lists_the_method(name):
-    row = re.search(rf"^\| \[[^\]]+\]\(cards/{name}\.md\) \|.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert row, f"README.md: the table of methods has no row for cards/{name}.md"
+def test_the_evidence_of_a_card_says_at_which_scale(name):
+    said = METHODS[name].front["evidence_here"]
+    assert re.search(r"\d", said) and "\n" not in said, f"cards/{name}.md: evidence_here: one sentence with numbers"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_experiment_of_a_method_cites_it(name):
+    experiment = next(word for word in METHODS[name].front["experiments"] if word.endswith("_digits"))
+    config = OmegaConf.to_container(compose([f"experiment={experiment}"]))
+    used = [card.name for card in registry.methods_used(config, experiment)]
+    assert used == [name], f"cards/{name}.md: exports: the first is what {experiment} builds"
+
+
+def test_a_control_without_the_method_does_not_cite_it():
+    config = OmegaConf.to_container(compose(["experiment=speed_digits", "timestep_sampler=min_snr"]))
+    assert registry.methods_used(config, "speed_digits") == []
+
+
+def test_a_callback_of_two_methods_cites_both_outside_of_their_experiments():
+    config = {"callbacks": [{"_target_": "hasten.callbacks.TokenMerging"}]}
+    assert [card.name for card in registry.methods_used(config, "run")] == ["rmeeto", "tome"]
+
+
+def test_a_run_ends_with_the_citation_of_what_it_used(tmp_path, capsys):
+    words = ["experiment=tome_digits", *compose(["experiment=tome_digits"]).tiny]
+    assert main([*words, f"run_dir={tmp_path / 'run'}"]) == 0
+    cited = [line for line in capsys.readouterr().out.splitlines() if "cite: " in line]
+    assert cited == ["  cite: Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
