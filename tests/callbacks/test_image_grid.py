@@ -158,6 +158,9 @@ class Images(WandbLogger):
     def log_image(self, key, images, step=None, **kwargs):
         self.sent.append((key, images[0].shape, images[0].dtype.name, step))
 
+    def log_files(self, kind, files):
+        self.sent.append((kind, files))
+
     def log_metrics(self, metrics, step=None):
         pass
 
@@ -165,10 +168,13 @@ class Images(WandbLogger):
     save = finalize = after_save_checkpoint = log_hyperparams = log_graph = lambda self, *_: None
 
 
-def test_weights_and_biases_gets_the_image(tmp_path):
+def test_weights_and_biases_gets_the_image_and_the_last_one_as_a_file(tmp_path):
     logger = Images()
     fit(foreign(), ImageGrid(tmp_path, every_n_steps=4), logger=logger)
-    assert logger.sent == [("pictures/samples", (102, 252, 3), "uint8", 4)]
+    assert logger.sent == [
+        ("pictures/samples", (102, 252, 3), "uint8", 4),
+        ("pictures", {"samples.png": tmp_path / "samples.png"}),
+    ]
 
 
 def test_tensorboard_gets_the_image(tmp_path):

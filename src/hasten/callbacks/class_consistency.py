@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from hasten.callbacks._logging import log_image
 from hasten.callbacks._sampling import draw, publish, sampling, unit_range
 from hasten.callbacks.image_grid import enlarged, tiled, write_png
 from hasten.errors import HastenError
@@ -109,7 +110,9 @@ class ClassConsistency(Callback):
             f"{type(classifier).__name__} that reads {100 * ceiling:.1f} % of {len(real)} real validation images right)"
         )
         if self.folder is not None and trainer.is_global_zero:
-            write_png(_picture(drawn, hits, self.n_per_class), self.folder / "class_consistency.png")
+            picture = _picture(drawn, hits, self.n_per_class)
+            write_png(picture, self.folder / "class_consistency.png")
+            log_image(trainer, "class_consistency", picture, trainer.global_step)
 
 
 def _read(loader: Iterable[Any], limit: int) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+from hasten.callbacks._logging import log_files, log_image
 from hasten.callbacks._sampling import sampling
 from hasten.errors import HastenError
 from hasten.formats import whole_file
@@ -24,9 +24,9 @@ class ImageGrid(Callback):
     """Draw the module's ``pictures()`` every ``every_n_steps`` optimizer steps and at the end of the fit.
 
     Each picture becomes ``<folder>/<name>_<step>.png`` and ``<folder>/<name>.png``, always the latest, and an image
-    in Weights & Biases or TensorBoard where that logger is on. A picture with a row for each of the datamodule's
-    ``class_names`` has these beside it. Under EMA the averaged weights draw. Training does not notice: evaluation mode,
-    no gradients, random state as before.
+    in Weights & Biases or TensorBoard where that logger is on; for the former the last ones are an artifact "pictures"
+    too. A picture with a row for each of the datamodule's ``class_names`` has these beside it. Under EMA the averaged
+    weights draw. Training does not notice: evaluation mode, no gradients, random state as before.
 
     Args:
         folder: where the pictures go; made if missing.
@@ -66,6 +66,7 @@ class ImageGrid(Callback):
         self.unclipped = unclipped
         self.min_cell_px = min_cell_px
         self._drawn_at = 0
+        self._names: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(pl_module, HasPictures):
@@ -85,6 +86,8 @@ class ImageGrid(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module)
+        if trainer.is_global_zero and self._names:
+            log_files(trainer, "pictures", {f"{name}.png": self.folder / f"{name}.png" for name in self._names})
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
@@ -103,6 +106,7 @@ class ImageGrid(Callback):
                 write_png(image, self.folder / f"{name}_{step:06d}.png")
                 write_png(image, self.folder / f"{name}.png")
                 log_image(trainer, name, image, step)
+            self._names = list(pictures)
 
     def _pixels(self, pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is shown of the module's pictures, each (rows, columns, C, H, W) in [0, 1]."""
@@ -175,14 +179,3 @@ def write_png(image: Tensor, path: Path) -> None:
     """
     with whole_file(path) as unfinished:
         save_image(image, unfinished)
-
-
-def log_image(trainer: Trainer, name: str, image: Tensor, step: int) -> None:
-    """Log (3, height, width) in [0, 1] as ``pictures/<name>`` where the logger takes images."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            # as bytes: of a float tensor wandb would stretch the contrast
-            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
-            logger.log_image(f"pictures/{name}", [pixels], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(f"pictures/{name}", image, step)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from hasten.callbacks._logging import log_image
 from hasten.callbacks._sampling import publish, sampling
-from hasten.callbacks.image_grid import log_image, write_png
+from hasten.callbacks.image_grid import write_png
 from hasten.errors import HastenError
 from hasten.nn import Choice, Range
 from hasten.nn.protocols import GeneratesWeights
@@ -135,7 +136,8 @@ class MagnitudeProbe(Callback):
             return  # a batch of an accumulated step, or the last step
         self._probed_at = step
         # on every process, though one writes: a sharded model generates together or not at all
-        with sampling(trainer, pl_module):
+        # without autocast: what is measured is what the weights generate, not how bfloat16 rounds it
+        with sampling(trainer, pl_module), torch.autocast(pl_module.device.type, enabled=False):
             sweeps = list(_sweeps(cast(GeneratesWeights, self._model), self.n_points))
         metrics = {name: value for sweep in sweeps for name, value in sweep.metrics().items()} | self._gradient_cv()
         publish(trainer, {name: value for name, value in metrics.items() if math.isfinite(value)})

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hasten.formats.pixels import ZCA, PixelRange
     from hasten.nn.dataset_distillation.flat import FlatModel
     from hasten.nn.dataset_distillation.synthetic import SyntheticSet
@@ -95,6 +97,15 @@ class GeneratesWeights(Protocol):
 
     def generate(self, **inputs: Any) -> dict[str, Tensor]:
         """The parameters themselves, likewise."""
+        ...
+
+
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """A logger that keeps files of a run beside its numbers."""
+
+    def log_files(self, kind: str, files: "Mapping[str, Path]") -> None:
+        """Keep name -> file or folder, as they are now, together as the ``kind`` of the run."""
         ...
 
 

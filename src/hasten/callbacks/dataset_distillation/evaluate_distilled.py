@@ -35,8 +35,8 @@ from hasten.nn.dataset_distillation.comparison import (
     split_batches,
     table_of,
 )
-from hasten.nn.dataset_distillation.table import Table
 from hasten.nn.dataset_distillation.dsa import DSA
+from hasten.nn.dataset_distillation.table import Table
 
 
 class EvaluateDistilled(Callback):

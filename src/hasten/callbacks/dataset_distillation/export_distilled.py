@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
 from hasten import __version__
+from hasten.callbacks._logging import log_files
 from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, described, few_images
 from hasten.callbacks.dataset_distillation.evaluate_distilled import EvaluateDistilled
 from hasten.errors import HastenError
@@ -23,7 +24,7 @@ class ExportDistilled(Callback):
 
     ``<path>/final`` is the set as the fit left it, also where that ended with an error. Beside an ``EvaluateDistilled``
     there is ``<path>/best``, written anew whenever that has found a better one, and both get its table. The callbacks
-    may stand in any order.
+    may stand in any order. Where Weights & Biases is on, they are an artifact "distilled" of its run.
 
     Args:
         path: the folder.
@@ -68,8 +69,10 @@ class ExportDistilled(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not on_train_end: by now every other callback has said its last word
         self._write_all(trainer, pl_module)
-        sets = [str(self.path / name) for name in ("final", "best") if (self.path / name).is_dir()]
-        pl_module.print(f"distilled set: {' and '.join(sets)}")
+        sets = {name: self.path / name for name in ("final", "best") if (self.path / name).is_dir()}
+        pl_module.print(f"distilled set: {' and '.join(map(str, sets.values()))}")
+        if trainer.is_global_zero:
+            log_files(trainer, "distilled", sets)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._begun:
