@@ -1,0 +1,50 @@
+"""``hasten list [WORD ...]``: methods, tools, experiments and what else can be chosen, with a line each."""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+from hasten import registry
+from hasten.errors import HastenError
+
+
+def main(words: Sequence[str]) -> int:
+    """Print methods, tools, experiments and data; or whatever has all of ``words`` in its name or its summary."""
+    if any(word.startswith("-") for word in words):
+        raise HastenError(f"list: expected words to look for, got {' '.join(words)!r}; try: hasten list diffusion")
+    sections = _all() if words else _main()
+    found = {title: _holding(words, lines) for title, lines in sections.items()}
+    if not any(found.values()):
+        near = get_close_matches(" ".join(words), {name for lines in sections.values() for name in lines}, n=3)
+        meant = f"did you mean {', '.join(map(repr, near))}?" if near else "hasten list shows all of the main ones"
+        raise HastenError(f"list: nothing has {' and '.join(map(repr, words))} in its name or summary; {meant}")
+    print("\n\n".join("\n".join([title, *_lines(lines)]) for title, lines in found.items() if lines))
+    return 0
+
+
+def _main() -> dict[str, dict[str, str]]:
+    """Title of a section -> name -> summary."""
+    cards = {card.name: card.summary for card in registry.cards().values()}
+    return {
+        "Methods and tools": cards,
+        "Experiments": registry.group("experiment"),
+        "Data": registry.group("data"),
+    }
+
+
+def _all() -> dict[str, dict[str, str]]:
+    """Every group too, by the word that chooses one of it."""
+    others = [name for name in registry.groups() if name not in ("experiment", "data")]
+    return _main() | {f"{name}=": registry.group(name) for name in others}
+
+
+def _holding(words: Sequence[str], lines: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: summary
+        for name, summary in lines.items()
+        if all(word.lower() in f"{name} {summary}".lower() for word in words)
+    }
+
+
+def _lines(summaries: Mapping[str, str]) -> list[str]:
+    width = max(map(len, summaries))
+    return [f"  {name:<{width}}  {summary}" for name, summary in summaries.items()]

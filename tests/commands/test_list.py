@@ -1,0 +1,65 @@
+"""``hasten list``: all of the main ones, or whatever has to do with a word."""
+
+import os
+import subprocess
+import sys
+
+from hasten import registry
+from hasten.cli import main
+
+
+def _printed(capsys, *words: str) -> str:
+    assert main(["list", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_without_a_word_it_shows_methods_experiments_and_data(capsys):
+    printed = _printed(capsys)
+    titles = [line for line in printed.splitlines() if line and not line.startswith(" ")]
+    assert titles == ["Methods and tools", "Experiments", "Data"]
+    for names in (registry.cards(), registry.group("experiment"), registry.group("data")):
+        for name in names:
+            assert f"  {name} " in printed
+
+
+def test_a_word_is_looked_for_in_names_and_summaries_whatever_its_case(capsys):
+    lines = _printed(capsys, "TrajeCtory").splitlines()
+    found = [line for line in lines if line.startswith("  ")]
+    assert found and all("trajectory" in line.lower() for line in found)
+    assert any(line.startswith("  experts_digits ") for line in found)  # its summary says so
+    assert any(line.startswith("  trajectory_matching ") for line in found)  # its name
+
+
+def test_options_stand_under_the_word_that_chooses_them(capsys):
+    printed = _printed(capsys, "birds_easy")
+    assert "recipe=\n  birds_easy_ipc1 " in printed and "Data\n" in printed
+    assert "model=" not in printed
+
+
+def test_several_words_must_all_be_there(capsys):
+    printed = _printed(capsys, "cifar10", "pad")
+    assert "  pad_cifar10 " in printed and "speed_cifar10" not in printed
+
+
+def test_nothing_found_is_one_line_with_the_nearest_names(capsys):
+    assert main(["list", "trajectri_matching"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hasten: list: nothing has 'trajectri_matching' in its name or summary; did you mean ")
+    assert "'trajectory_matching'" in line
+
+
+def test_a_flag_is_no_word_to_look_for(capsys):
+    assert main(["list", "--all"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hasten: list: expected words to look for, got '--all'")
+
+
+def test_looking_for_a_word_imports_nothing_heavy():
+    code = """
+import sys
+from hasten.cli import main
+assert main(["list", "speed"]) == 0
+assert not {"torch", "lightning", "hydra", "numpy"} & set(sys.modules)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60, capture_output=True)
