@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,11 +184,19 @@ def _rows(groups: Sequence[Group], metrics: Sequence[str]) -> tuple[list[str], l
     return heads, rows
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)  # of a run that diverged too, where those of `statistics` raise
+
+
+def _sd(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):.4g}"
-    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+    mean = f"{_mean(values):.4g}"
+    return f"{mean} ± {_sd(values):.2g}" if len(values) > 1 else mean
 
 
 def _print(groups: Sequence[Group], metrics: Sequence[str], left_out: Mapping[Path, str]) -> None:
@@ -237,8 +246,8 @@ def _csv(groups: Sequence[Group]) -> list[list[Any]]:
         cells: list[Any] = [*group.swept.values(), len(group.runs)]
         cells.append(" ".join(str(run.result.get("seed")) for run in group.runs))
         for values in map(group.values, names):
-            cells.append(statistics.fmean(values) if values else "")
-            cells.append(statistics.stdev(values) if len(values) > 1 else "")
+            cells.append(_mean(values) if values else "")
+            cells.append(_sd(values) if len(values) > 1 else "")
         rows.append(cells)
     return rows
 
@@ -282,7 +291,7 @@ def _plot(curves: Mapping[str, Mapping[str, list[dict[int, float]]]], path: Path
                 for run in runs:
                     axes.plot(list(run), list(run.values()), color=color, linewidth=0.6, alpha=0.4)
             shared = sorted(set.intersection(*map(set, runs)))
-            axes.plot(shared, [statistics.fmean(run[step] for run in runs) for step in shared], color=color, label=name)
+            axes.plot(shared, [_mean([run[step] for run in runs]) for step in shared], color=color, label=name)
         axes.set(xlabel="step", title=metric)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
