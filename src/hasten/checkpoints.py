@@ -86,6 +86,7 @@ class Interruptible(Callback):
         self._waits = False
         self._pid = 0
         self._limits: tuple[int | None, int] | None = None
+        self._saved_groups: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -95,6 +96,7 @@ class Interruptible(Callback):
         """Let a resumed fit begin though no batch may be left: until ``on_train_start`` its limits are one more."""
         if trainer.ckpt_path is None:
             return
+        _check_optimizers(trainer, self._saved_groups)
         loop = trainer.fit_loop
         self._limits = loop.max_epochs, loop.max_steps
         loop.max_epochs = _one_more(loop.max_epochs)
@@ -138,6 +140,7 @@ class Interruptible(Callback):
                 checkpoint["metrics_rows"] = logger.rows()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_groups = [state["param_groups"][0] for state in checkpoint.get("optimizer_states", [])]
         here = self.dirpath.resolve()
         if Path(str(trainer.ckpt_path)).resolve().parent != here:
             return
@@ -179,6 +182,18 @@ class Interruptible(Callback):
         if trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False):
             self.asked = self.asked or signal.SIGTERM
             trainer._signal_connector.received_sigterm = True
+
+
+def _check_optimizers(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
+    """Whether ``saved`` groups are of optimizers such as these: torch would load those of any other without a word."""
+    for optimizer, group in zip(trainer.optimizers, saved, strict=False):
+        wanted = {str(key) for key in optimizer.param_groups[0]} - {"initial_lr"}  # a schedule's
+        found = {str(key) for key in group} - {"initial_lr"}
+        if wanted != found:
+            raise HastenError(
+                f"ckpt_path: {str(trainer.ckpt_path)!r} is of another optimizer than {type(optimizer).__name__}: "
+                f"only one of the two has {', '.join(sorted(wanted ^ found))}; use the config that wrote it"
+            )
 
 
 def _said_by_the_disk(error: BaseException | None) -> str | None:

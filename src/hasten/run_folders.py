@@ -1,6 +1,7 @@
 """What a run folder tells of its run: finished or not, alive or not, and which words made it."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +102,15 @@ def newest_unfinished(experiment: str) -> Path:
         f"ckpt_path: last: expected an unfinished run of {experiment!r} with a checkpoint in "
         f"{str(runs / experiment)!r}, found none{meant or '; leave ckpt_path out to begin anew'}"
     )
+
+
+def started_processes() -> int:
+    """How many processes torchrun or srun has started of this run; 1 without them.
+
+    Each begins at the first line, without knowing of the others: what they must agree on has to be in their words.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    # the shell of an allocation has the number of tasks too, but is none of them; nor is one of srun's for people
+    by_srun = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return int(os.environ.get("SLURM_NTASKS", 1)) if by_srun else 1

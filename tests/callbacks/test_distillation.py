@@ -1,11 +1,9 @@
 import copy
 import functools
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
@@ -537,14 +535,12 @@ def _batches(rows):
     return DataLoader(TensorDataset(images[rows], labels[rows]), batch_size=8)
 
 
-def _rank(rank, kind, port):
-    torch.set_num_threads(1)
+def _rank(kind):
     alone, together = Gradients(), Gradients()
     settings = {"max_steps": 1, "limit_val_batches": 0, "use_distributed_sampler": False}
     teacher = Distillation(foreign(Sharded, seed=5).net, weight=5.0)
     trainer(teacher, alone, **settings).fit(foreign(Sharded), _batches(slice(None)))
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    rank = dist.get_rank()
     strategy = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}[kind]
     teacher = Distillation(foreign(Sharded, seed=5 + rank).net, weight=5.0)  # drawn unseeded: that of rank zero counts
     run = trainer(teacher, together, devices=2, strategy=strategy, **settings)
@@ -555,11 +551,8 @@ def _rank(rank, kind, port):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_have_the_gradients_of_the_joined_batch(kind):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(kind, port), nprocs=2)
+def test_two_ranks_have_the_gradients_of_the_joined_batch(kind, two_processes):
+    two_processes(_rank, kind)
 
 
 def test_a_second_fit_has_a_teacher_of_its_own_and_its_checkpoint_says_so():

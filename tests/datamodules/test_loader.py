@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import distributed, multiprocessing
+from torch import multiprocessing
 
 from hasten.datamodules import EpochLoader, loader
 from hasten.errors import HastenError
@@ -273,22 +273,13 @@ def test_a_set_smaller_than_the_number_of_processes_is_refused(monkeypatch):
         shares(monkeypatch, 2, 4, 3)
 
 
-def _process(rank, store, queue):
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _process():
     made = EpochLoader(range(11), 2)
-    queue.put((rank, [plain(made), plain(made)], len(made), made.state_dict()))
-    distributed.destroy_process_group()
+    return [plain(made), plain(made)], len(made), made.state_dict()
 
 
-def test_two_gloo_processes_find_their_own_shares(tmp_path, monkeypatch):
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_process, args=(rank, tmp_path / "store", queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    _, (first, second), lengths, states = zip(*sorted(queue.get() for _ in processes), strict=True)
-    for process in processes:
-        process.join()
+def test_two_gloo_processes_find_their_own_shares(two_processes, monkeypatch):
+    (first, second), lengths, states = zip(*two_processes(_process), strict=True)
     assert [first[0], second[0]] == shares(monkeypatch, 11, 2, 2)
     assert sorted(chain(*first[1], *second[1])) == list(range(11))
     assert lengths == (3, 3)

@@ -1,12 +1,10 @@
 import json
-import os
-import socket
 from itertools import product
 
 import lightning
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -417,10 +415,8 @@ def _sgd(groups):
     return torch.optim.SGD(groups, lr=0.1)
 
 
-def _rank(rank, kind, head, draw, port, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+def _rank(kind, head, draw):
+    rank = dist.get_rank()
     strategy = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}[kind]
     noting = Noting()
     metrics = {"acc": MulticlassAccuracy(3, average="micro")}
@@ -438,7 +434,7 @@ def _rank(rank, kind, head, draw, port, folder):
     whole = {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in parts.items()}
     weights = {name: part.detach() for name, part in whole.items()}
     scores = trainer.validate(module, _share(rank), verbose=False)[0]
-    torch.save({"drawn": drawn, "weights": weights, "scores": scores, "probed": probed}, folder / f"{rank}.pt")
+    return {"drawn": drawn, "weights": weights, "scores": scores, "probed": probed}
 
 
 def _size(model, scale):
@@ -454,12 +450,8 @@ def _share(rank):
 @pytest.mark.parametrize(
     ("kind", "head", "draw"), [("ddp", "dense", "batch"), ("fsdp2", "dense", "sample"), ("fsdp2", "lora", "batch")]
 )
-def test_two_ranks_draw_differently_train_on_both_and_validate_as_one(kind, head, draw, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(kind, head, draw, port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_two_ranks_draw_differently_train_on_both_and_validate_as_one(kind, head, draw, two_processes):
+    ranks = two_processes(_rank, kind, head, draw)
     assert not torch.isin(ranks[0]["drawn"], ranks[1]["drawn"]).any()
     slow = _deep(head)
     optimizer = _sgd(slow.parameters())

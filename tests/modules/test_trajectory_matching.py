@@ -1,13 +1,11 @@
 import math
-import os
 import re
-import socket
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -481,31 +479,24 @@ def test_too_little_memory_is_refused_with_what_would_fit(experts, monkeypatch, 
 # ---------------------------------------------------------------------- several processes
 
 
-def _rank(rank, port, experts, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+def _rank(experts):
     noted = []
 
     def noting(*arguments, mask):
         matching = matching_gradients(*arguments, mask=mask)
-        if len(noted) == 2 and rank == 1:
+        if len(noted) == 2 and dist.get_rank() == 1:
             matching = replace(matching, loss=torch.tensor(math.nan))  # on one rank alone
         noted.append({"loss": matching.loss, "images": matching.images, "labels": matching.labels, "lr": matching.lr})
         return matching
 
     module, notes = _module(batch_syn=4, gradients=noting, guide=DiscriminativeArea(every=2)), Notes()
     _fit(module, _data(experts), 4, SkipGuard(), notes, devices=2, strategy="ddp")
-    torch.save({"noted": noted, "learned": notes.learned, "metrics": notes.metrics}, folder / f"{rank}.pt")
+    return {"noted": noted, "learned": notes.learned, "metrics": notes.metrics}
 
 
 @pytest.mark.slow
-def test_two_processes_step_together_by_the_mean_of_their_segments_and_skip_together(experts, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, experts, tmp_path), nprocs=2)
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_processes_step_together_by_the_mean_of_their_segments_and_skip_together(experts, two_processes):
+    one, other = two_processes(_rank, experts)
     for mine, others in zip(one["learned"], other["learned"], strict=True):
         assert all(a.equal(b) for a, b in zip(mine, others, strict=True))
     assert not one["noted"][0]["images"].equal(other["noted"][0]["images"])

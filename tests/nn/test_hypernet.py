@@ -9,7 +9,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -483,9 +482,8 @@ def test_it_runs_under_autocast():
     assert hyper.hyper.head.weight.grad.any()
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _rank():
+    rank = dist.get_rank()
     hyper = hypernetize(net(), ANGLE, generator=torch.Generator().manual_seed(0))
     angles, x = torch.tensor([10.0, 100.0, 50.0, 170.0]), images(4)
     alone = copy.deepcopy(hyper)
@@ -494,12 +492,11 @@ def _rank(rank, folder):
     joined(x[rank::2], angle=angles[rank::2]).square().mean().backward()
     for name, own in alone.named_parameters():
         torch.testing.assert_close(hyper.get_parameter(name).grad, own.grad, rtol=1e-4, atol=1e-6)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_gradients_of_the_joined_batch(tmp_path):
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_have_the_gradients_of_the_joined_batch(two_processes):
+    two_processes(_rank)
 
 
 # sizes

@@ -1,11 +1,10 @@
-"""Two gloo processes on the CPU that share one model; each case runs in a process of its own."""
+"""Two gloo processes on the CPU that share one model."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -29,9 +28,7 @@ def _model(kind: str) -> nn.Module:
     return ConvNet(1, 8, 10, width=8, depth=2) if kind == "convnet" else unet(1, 8, widths=(8, 16))
 
 
-def _rank(rank: int, kind: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _rank(kind: str) -> None:
     model = _model(kind)
     joined = _gradients(copy.deepcopy(model), slice(None))
     # the axes as Lightning's ModelParallelStrategy lays them on one node
@@ -41,12 +38,11 @@ def _rank(rank: int, kind: str, folder: str) -> None:
     parts = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     if not parts or any(2 * part.to_local().shape[0] > part.shape[0] + 1 for part in parts):
         raise AssertionError("expected every parameter in two halves")
-    for name, gradient in _gradients(model, slice(rank, None, 2)).items():
+    for name, gradient in _gradients(model, slice(dist.get_rank(), None, 2)).items():
         torch.testing.assert_close(gradient, joined[name], rtol=1e-4, atol=1e-6)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["convnet", "unet"])
-def test_two_ranks_have_half_of_each_parameter_and_the_gradients_of_the_joined_batch(kind, tmp_path):
-    mp.spawn(_rank, args=(kind, str(tmp_path)), nprocs=2)
+def test_two_ranks_have_half_of_each_parameter_and_the_gradients_of_the_joined_batch(kind, two_processes):
+    two_processes(_rank, kind)

@@ -1,12 +1,10 @@
 """The peers: each its law and weights, the curriculum, the loss-aware law."""
 
-import json
-import subprocess
-import sys
 from collections import deque
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import DDPMScheduler
 
 from hasten.functional import clts_probabilities, edm_probabilities, snr_weights
@@ -230,27 +228,16 @@ def test_bad_input_gets_one_line(call, error, message):
     assert "\n" not in str(caught.value)
 
 
-RANK = """
-import sys, torch, torch.distributed as dist
-from hasten.nn import LossSecondMomentSampler
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
-sampler = LossSecondMomentSampler(3, history=1, uniform=0.1)
-# batches of different length: rank 0 sees t = 0 and 1, rank 1 sees t = 2
-t, loss = [([0, 1], [1.0, 2.0]), ([2], [5.0])][rank]
-sampler.update(torch.tensor(t), torch.tensor(loss))
-print(sampler.probs.tolist())
-dist.destroy_process_group()
-"""
+def _rank():
+    sampler = LossSecondMomentSampler(3, history=1, uniform=0.1)
+    # batches of different length: rank 0 sees t = 0 and 1, rank 1 sees t = 2
+    t, loss = [([0, 1], [1.0, 2.0]), ([2], [5.0])][dist.get_rank()]
+    sampler.update(torch.tensor(t), torch.tensor(loss))
+    return sampler.probs
 
 
 @pytest.mark.slow
-def test_two_ranks_share_their_losses(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    tables = [torch.tensor(json.loads(rank.communicate(timeout=120)[0])) for rank in ranks]
+def test_two_ranks_share_their_losses(two_processes):
     expected = 0.9 * torch.tensor([1.0, 2.0, 5.0]) / 8 + 0.1 / 3
-    for table in tables:
+    for table in two_processes(_rank):
         torch.testing.assert_close(table, expected)

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
@@ -675,9 +674,7 @@ def test_wrappers_of_activation_checkpointing_are_looked_through():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def _rank(rank, first, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _rank(first):
     joined = vit("gap_registers")
     x = images(joined, 4)
     with attach_token_merging(joined, 4):
@@ -692,20 +689,19 @@ def _rank(rank, first, folder):
     if first == "attach":
         shard(model, init_device_mesh("cpu", (2,)))
         run = model
-    run(x[rank::2]).square().mean().backward()
+    run(x[dist.get_rank() :: 2]).square().mean().backward()
     for parameter, whole in zip(model.parameters(), joined.parameters(), strict=True):
         gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
         torch.testing.assert_close(gradient, whole.grad, rtol=1e-3, atol=1e-5)
     handle.remove()
     if any("forward" in vars(module) for module in model.modules()):
         raise AssertionError("expected nothing to be left")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["ddp", "shard", "attach"])
-def test_two_ranks_have_the_gradients_of_the_joined_batch(first, tmp_path):
-    mp.spawn(_rank, args=(first, str(tmp_path)), nprocs=2)
+def test_two_ranks_have_the_gradients_of_the_joined_batch(first, two_processes):
+    two_processes(_rank, first)
 
 
 def test_a_vits_trace_of_pruned_tokens_leaves_out_what_was_dropped():

@@ -102,8 +102,10 @@ class ClassConsistency(Callback):
             batches = draw(pl_module, len(wanted), wanted, batch_size=self.batch_size, seed=self.seed)
             drawn = torch.cat([to_unit(batch) for batch in batches])
         hits = _hits(classifier, drawn, wanted)
-        accuracy = hits.float().mean().item()
-        ceiling = _hits(classifier, to_unit(real), real_labels).float().mean().item()
+        ceiling = _hits(classifier, to_unit(real), real_labels).float().mean()
+        # each process has a classifier of its own, of its share of the real images
+        mine = torch.stack([hits.float().mean(), ceiling]).to(pl_module.device)
+        accuracy, ceiling = trainer.strategy.reduce(mine).tolist()
         publish(trainer, {"sample/class_accuracy": accuracy, "sample/class_accuracy_real": ceiling})
         pl_module.print(
             f"sample/class_accuracy {100 * accuracy:.1f} %   ({self.n_per_class} samples a class, read by a "

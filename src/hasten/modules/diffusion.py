@@ -122,6 +122,8 @@ class Diffusion(LightningModule):
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
         self.scheduler = scheduler
         self.num_classes = num_classes
+        if image_shape is not None and len(image_shape) != 3:
+            raise ValueError(f"diffusion: image_shape: expected (C, H, W), got {tuple(image_shape)}")
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self.latent_scale = latent_scale
         self.class_dropout = class_dropout

@@ -143,6 +143,14 @@ class HyperNetwork(LightningModule):
     def forward(self, *args: Any, **inputs: Any) -> Any:
         return self.model(*args, **inputs)
 
+    def setup(self, stage: str) -> None:
+        processes = self.trainer.world_size
+        if stage == "fit" and processes > 1 and isinstance(self.model, SeparateModels):
+            raise HastenError(
+                f"hypernetwork: model: expected one process for SeparateModels, got {processes}, of which each would "
+                "train another model at a step; use trainer=cpu or trainer=gpu"
+            )
+
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)

@@ -48,8 +48,10 @@ def unet(
     """
     from diffusers import UNet2DModel  # noqa: PLC0415 - seconds of import for those who build one only
 
-    if not widths:
-        raise ValueError("unet: widths: expected at least one, got none")
+    if not widths or min(widths) < 1:
+        raise ValueError(f"unet: widths: expected at least one, each >= 1, got {list(widths)}")
+    if blocks < 1:
+        raise ValueError(f"unet: blocks: expected >= 1, got {blocks}")
     factor = 2 ** (len(widths) - 1)
     if image_size % factor:
         raise ValueError(

@@ -88,8 +88,12 @@ class VisionMamba(nn.Module):
         scan_backend: str = "auto",
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"vim: depth: expected >= 1, got {depth}")
+        sizes = {"depth": depth, "patch_size": patch_size, "embed_dim": embed_dim, "d_state": d_state}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"vim: {name}: expected >= 1, got {value}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"vim: drop_path_rate: expected in [0, 1), got {drop_path_rate}")
         self.patch_embed = _patch_embed(img_size, patch_size, stride or patch_size, in_chans, embed_dim)
         self.grid_size: tuple[int, int] = self.patch_embed.grid_size
         self.num_tokens = math.prod(self.grid_size) + 1

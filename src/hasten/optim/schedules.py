@@ -13,7 +13,7 @@ def cosine(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0, min
         min_lr: the last learning rate, >= 0.
 
     Raises:
-        ValueError: where the warm-up does not fit into the run.
+        ValueError: for a negative ``min_lr``, and where the warm-up does not fit into the run.
 
     Example:
         >>> import torch
@@ -22,6 +22,8 @@ def cosine(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0, min
         >>> schedule.get_last_lr()
         [1.0]
     """
+    if min_lr < 0:
+        raise ValueError(f"scheduler: min_lr: expected >= 0, got {min_lr}")
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"scheduler: warmup_steps: expected 0 <= warmup_steps < {total_steps} steps of the run, "
