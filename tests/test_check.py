@@ -93,7 +93,7 @@ def test_all_problems_are_said_at_once():
     assert _complaints(node) == [
         "c: required, got nothing; add c=VALUE",
         "a.size: expected int, got 'big'",
-        "b.sise: Target takes no 'sise'; did you mean 'size'?",
+        "b.sise: Target takes no 'sise'; did you mean 'size'? ~b.sise leaves it out",
     ]
 
 
@@ -138,12 +138,21 @@ def test_factories_of_optimizers_and_schedules_are_tried_on_a_dummy_parameter(no
         ("seed", "a", "seed: expected int, got 'a'"),
         ("seed", -1, "seed: expected 0 <= seed < 2**32, got -1"),
         ("threads", 0, "threads: expected >= 1, got 0; null leaves torch's own choice"),
-        ("compile", "yes", "compile: expected bool, got 'yes'"),
+        ("compile", "yes", "compile: expected bool or dict, got 'yes'"),
+        ("compile", {"mod": "default"}, "compile.mod: torch.compile takes no 'mod'; did you mean 'mode'?"),
+        ("compile", {"fullgraph": 1}, "compile.fullgraph: expected bool, got 1"),
         ("first", "experts", "first: expected list[str], got 'experts'"),
     ],
 )
 def test_the_keys_of_the_frame_are_checked_too(key, value, line):
     assert _complaints({key: value}) == [line]
+
+
+def test_what_torch_says_of_arguments_to_compile_is_one_line():
+    for wrong in ({"backend": "nope"}, {"options": {"nope": 1}}, {"mode": "default", "options": {}}):
+        (line,) = _complaints({"compile": wrong})
+        assert line.startswith("compile: ") and len(line) < 220
+    assert not _complaints({"compile": {"backend": "aot_eager", "fullgraph": True, "dynamic": None}})
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")

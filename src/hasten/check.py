@@ -1,17 +1,24 @@
 """Everything wrong with a config, said at once and before anything expensive; and building from it."""
 
 import inspect
+import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, Union, cast
 
 import torch
+from hydra._internal.utils import _locate  # hydra.utils.get_object logs, in several lines, what it raises
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,16 +31,42 @@ _FRAME: dict[str, Any] = {
     "run_dir": str | None,
     "ckpt_path": str | None,
     "first": list[str],
-    "compile": bool,
+    "compile": bool | dict,
+    "estimate": bool,
     "threads": int | None,
     "precision": _PRECISIONS,
     "objective": dict,
     "tiny": list[str],
 }
+_COMPILE: dict[str, Any] = {
+    "backend": str,
+    "fullgraph": bool,
+    "dynamic": bool | None,
+    "mode": str | None,
+    "options": dict | None,
+}
+_SECTIONS = ("image", "objective", "stages", "data", "module", "trainer")
+"""What the run reads keys of."""
+
+_READ = {*_FRAME, *_SECTIONS, "callbacks", "logger", "datamodule", "task"}
+_READ |= {"experiment", "overrides"}
+_READ |= {f"image.{key}" for key in ("channels", "size", "num_classes", "mean_square")}
+"""What a run reads, though nothing in its config may interpolate it."""
+
+_KINDS = {"data": LightningDataModule, "datamodule": LightningDataModule, "module": LightningModule, "trainer": Trainer}
+_MEMBERS = {"callbacks": Callback, "logger": Logger}
+"""What a node must make; of a group, each of its nodes."""
+
 Problem = tuple[str, str]
 """The key of a config and what is wrong there."""
 
-_DIRECTIVES = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
+_DIRECTIVES: dict[str, Any] = {
+    "_target_": str,
+    "_partial_": bool,
+    "_args_": list,
+    "_convert_": Literal["none", "partial", "object", "all"],
+    "_recursive_": bool,
+}
 
 
 def check(cfg: DictConfig) -> None:
@@ -46,8 +79,36 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_first(cfg: DictConfig) -> None:
-    """As ``check``, for the keys that are needed before all else."""
-    check(OmegaConf.masked_copy(cfg, ["run_dir", "first"]))
+    """As ``check``, for what is needed before all else: a whole frame, and the keys that name folders and stages."""
+    needed = {*_FRAME, *_SECTIONS, "task", "datamodule"} - {"tiny", "estimate"}
+    if missing := sorted(key for key in needed if key not in cfg):
+        raise HastenError("\n".join(f"{key}: required, got nothing; leave out ~{key}" for key in missing))
+    plain = {}
+    for key in ("run_dir", "first", "seed"):
+        try:
+            plain[key] = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        except OmegaConfBaseException as error:
+            raise HastenError(f"{key}: {str(error).splitlines()[0]}") from error
+    check(OmegaConf.create(plain))
+
+
+def check_read(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Raise a HastenError for keys at the top, or of ``image``, that nothing reads, as misspelled ones are not.
+
+    Args:
+        cfg: as composed, before its interpolations are resolved.
+        words: that composed it; what no module needs, such as an optimizer, is refused only where they ask for it.
+    """
+    keys = [str(key) for key in cfg]
+    if isinstance(cfg.get("image"), DictConfig):
+        keys += [f"image.{key}" for key in cfg.image]
+    read = " ".join(re.findall(r"\$\{[^}]*\}", OmegaConf.to_yaml(cfg)))
+    asked = {re.split(r"[.=]", word.lstrip("+"))[0] for word in words}
+    needed = _READ | ({"model", "optimizer", "scheduler"} - asked)
+    unread = [key for key in keys if key not in needed and not re.search(rf"\b{re.escape(key)}\b", read)]
+    if unread:
+        lines = [f"{key}: nothing here reads this key{did_you_mean(key, needed - {key})}" for key in unread]
+        raise HastenError("\n".join(lines))
 
 
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
@@ -68,13 +129,17 @@ def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
 
 
 def _problems(cfg: DictConfig) -> Iterator[Problem]:
+    found = list(_section_problems(cfg))
+    yield from found
+    if found:
+        return  # half of the config interpolates these
     missing = _missing(cfg)
     yield from ((key, f"required, got nothing; add {key}=VALUE") for key in missing)
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         if not missing:  # else what interpolates them
-            yield str(error.full_key or "config"), str(error).splitlines()[0]
+            yield str(error.full_key or "config"), _interpolation_problem(error)
         return
     if not isinstance(plain, dict):
         return
@@ -83,14 +148,21 @@ def _problems(cfg: DictConfig) -> Iterator[Problem]:
             yield key, f"expected {_name(annotation)}, got {plain[key]!r}"
     if isinstance(threads := plain.get("threads"), int) and threads < 1:
         yield "threads", f"expected >= 1, got {threads}; null leaves torch's own choice"
+    if isinstance(threads, int) and threads > 1024:  # OpenMP ends the process where it cannot start them
+        yield "threads", f"expected <= 1024, got {threads}"
+    if plain.get("run_dir") == "":
+        yield "run_dir", "expected a folder, got ''; null makes a new one"
     if isinstance(seed := plain.get("seed"), int) and not 0 <= seed < 2**32:
         yield "seed", f"expected 0 <= seed < 2**32, got {seed}"
     if isinstance(objective := plain.get("objective"), dict):
         yield from _objective_problems(objective)
-    yield from _trainer_problems(plain)
+    if isinstance(compiled := plain.get("compile"), dict):
+        yield from _compile_problems(compiled)
+    typed = partial(_typed_key, cfg)
+    yield from ((typed(key), problem) for key, problem in _trainer_problems(plain))
     for key in map(str, plain):
         if _stands_here(cfg, key):
-            yield from ((_typed_key(cfg, where), problem) for where, problem in _node_problems(key, cfg[key]))
+            yield from _node_problems(key, cfg[key], typed)
 
 
 def _missing(node: Any, prefix: str = "") -> list[str]:
@@ -104,20 +176,52 @@ def _missing(node: Any, prefix: str = "") -> list[str]:
     return sorted(found)
 
 
-def _node_problems(key: str, node: Any) -> Iterator[Problem]:
-    """What is wrong at ``key`` and below it; what is interpolated is checked where it stands."""
+def _section_problems(cfg: DictConfig) -> Iterator[Problem]:
+    """Single values where the run, or another key, reads keys; and members of a group that say nothing to build."""
+    for key in _SECTIONS:
+        if key in cfg and _stands_here(cfg, key) and not isinstance(cfg[key], DictConfig):
+            yield key, f"expected keys below it, got {cfg[key]!r}"
+    for key in ("task", "datamodule"):
+        if key in cfg and _stands_here(cfg, key) and not isinstance(cfg[key], (DictConfig, type(None))):
+            yield key, f"expected _target_ and its arguments, or null, got {cfg[key]!r}"
+    for group in _MEMBERS:
+        members = cfg.get(group)
+        if not isinstance(members, (DictConfig, type(None))):
+            yield group, f"expected named nodes, got {members!r}"
+        for name in map(str, members if isinstance(members, DictConfig) else ()):
+            node = members[name] if _stands_here(members, name) else None  # type: ignore[arg-type,index]
+            if node is not None and not isinstance(node, DictConfig):
+                yield f"{group}.{name}", f"expected _target_ and its arguments, or null, got {node!r}"
+
+
+def _interpolation_problem(error: OmegaConfBaseException) -> str:
+    """Why an interpolation has no value."""
+    said = str(error).splitlines()[0]
+    if stage := re.search(r"'stages\.([^'.]+)'", said):
+        return f"expected {stage[1]!r} in first, whose folder this takes, got none; add it there or set this key"
+    return said
+
+
+def _node_problems(key: str, node: Any, typed: Callable[[str], str]) -> Iterator[Problem]:
+    """What is wrong at ``key`` and below it; what is interpolated is checked where it stands.
+
+    Args:
+        typed: the key that a person would type for a value.
+    """
+    if isinstance(node, float) and math.isnan(node):
+        yield key, "expected a number, got nan"
     if isinstance(node, ListConfig):
         for index in range(len(node)):
             if _stands_here(node, index):
-                yield from _node_problems(f"{key}[{index}]", node[index])
+                yield from _node_problems(f"{key}[{index}]", node[index], typed)
     if not isinstance(node, DictConfig):
         return
     for name in map(str, node):
         if name not in _DIRECTIVES and _stands_here(node, name):
-            yield from _node_problems(f"{key}.{name}", node[name])
+            yield from _node_problems(f"{key}.{name}", node[name], typed)
     if "_target_" in node:
         value = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
-        yield from _target_problems(key, cast(dict[str, Any], value))
+        yield from _target_problems(key, cast(dict[str, Any], value), typed)
 
 
 def _stands_here(node: DictConfig | ListConfig, key: str | int) -> bool:
@@ -125,26 +229,41 @@ def _stands_here(node: DictConfig | ListConfig, key: str | int) -> bool:
     return not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key))
 
 
-def _target_problems(key: str, value: dict[str, Any]) -> Iterator[Problem]:
+def _target_problems(key: str, value: dict[str, Any], typed: Callable[[str], str]) -> Iterator[Problem]:
     """What is wrong with one ``_target_`` and its arguments."""
+    for name, annotation in _DIRECTIVES.items():
+        if name in value and not _fits(value[name], annotation):
+            yield f"{key}.{name}", f"expected {_name(annotation)}, got {value[name]!r}"
+    if not isinstance(value["_target_"], str):
+        return
     try:
-        target = get_object(value["_target_"])
+        target = _locate(value["_target_"])
     except Exception as error:  # whatever the import of a stranger's module raises
-        yield f"{key}._target_", f"cannot import {value['_target_']!r}: {_one_line(error)}"
+        yield f"{key}._target_", f"cannot import {value['_target_']!r}: {_one_line(error.__cause__ or error)}"
         return
     if value["_target_"].startswith("hydra.utils.get_"):
         try:
-            get_object(value["path"])
+            _locate(value["path"])
         except Exception as error:
-            yield f"{key}.path", f"cannot import {value.get('path')!r}: {_one_line(error)}"
+            yield f"{key}.path", f"cannot import {value.get('path')!r}: {_one_line(error.__cause__ or error)}"
         return
-    found = list(_argument_problems(key, value, target))
+    group, _, name = key.partition(".")
+    kind = _KINDS.get(key) or (None if "." in name else _MEMBERS.get(group))
+    if kind and inspect.isclass(target) and not issubclass(target, kind):
+        yield f"{key}._target_", f"expected a {kind.__name__}, got {target.__name__}"
+        return
+    if kind and value.get("_partial_") is True:
+        yield f"{key}._partial_", f"expected a {kind.__name__}, got a function that would make it; set it to false"
+        return
+    found = list(_argument_problems(key, value, target, typed))
     yield from found
-    if not found and value.get("_partial_"):
+    if not found and value.get("_partial_") is True:
         yield from _factory_problems(key, value, target)
 
 
-def _argument_problems(key: str, value: dict[str, Any], target: Callable[..., Any]) -> Iterator[Problem]:
+def _argument_problems(
+    key: str, value: dict[str, Any], target: Callable[..., Any], typed: Callable[[str], str] = str
+) -> Iterator[Problem]:
     """Names that the target does not take, values of another type, and required arguments that nobody gives."""
     try:
         parameters = inspect.signature(target).parameters
@@ -158,9 +277,11 @@ def _argument_problems(key: str, value: dict[str, Any], target: Callable[..., An
             continue
         if name not in names:
             if not swallows:
-                yield f"{key}.{name}", f"{_short(value)} takes no {name!r}{did_you_mean(str(name), names)}"
+                meant = did_you_mean(str(name), names)
+                stop = "" if meant.endswith("?") else ";"
+                yield f"{key}.{name}", f"{_short(value)} takes no {name!r}{meant}{stop} ~{key}.{name} leaves it out"
         elif argument != "???" and not _fits(argument, hints.get(name, Any)):
-            yield f"{key}.{name}", f"expected {_name(hints[name])}, got {argument!r}"
+            yield typed(f"{key}.{name}"), f"expected {_name(hints[name])}, got {_got(argument)}"
     if value.get("_partial_") or value.get("_args_"):
         return
     for name in names:
@@ -173,6 +294,9 @@ def _factory_problems(key: str, value: dict[str, Any], target: Callable[..., Any
     optimizer, scheduler = partial(torch.optim.SGD, lr=1.0), None
     try:
         if inspect.isclass(target) and issubclass(target, torch.optim.Optimizer):
+            for name, argument in value.items():
+                if isinstance(argument, float) and math.isinf(argument):  # torch takes it, and the weights are nan
+                    yield f"{key}.{name}", f"expected a finite number, got {argument}"
             optimizer = instantiate(value, _convert_="all")
         elif next(iter(inspect.signature(target).parameters), None) == "optimizer":
             scheduler = instantiate(value, _convert_="all")
@@ -188,6 +312,21 @@ def _objective_problems(objective: Mapping[Any, Any]) -> Iterator[Problem]:
     for key, annotation in {"metric": str, "mode": Literal["min", "max"]}.items():
         if not _fits(value := objective.get(key), annotation):
             yield f"objective.{key}", f"expected {_name(annotation)}, got {value!r}"
+    for key in objective.keys() - {"metric", "mode"}:
+        yield f"objective.{key}", f"there is no such key{did_you_mean(str(key), ['metric', 'mode'])}"
+
+
+def _compile_problems(arguments: Mapping[Any, Any]) -> Iterator[Problem]:
+    fitting = {key: value for key, value in arguments.items() if key in _COMPILE and _fits(value, _COMPILE[key])}
+    for key, value in arguments.items():
+        if key not in _COMPILE:
+            yield f"compile.{key}", f"torch.compile takes no {key!r}{did_you_mean(str(key), _COMPILE)}"
+        elif key not in fitting:
+            yield f"compile.{key}", f"expected {_name(_COMPILE[key])}, got {value!r}"
+    try:
+        torch.compile(lambda: None, **fitting)  # of nothing: it looks at its arguments alone
+    except Exception as error:  # torch's own words, of half a dozen classes; some list hundreds of options
+        yield "compile", shorten(_one_line(error), 200, placeholder=" ...")
 
 
 def _trainer_problems(plain: Mapping[Any, Any]) -> Iterator[Problem]:
@@ -195,9 +334,18 @@ def _trainer_problems(plain: Mapping[Any, Any]) -> Iterator[Problem]:
     trainer = plain.get("trainer")
     if not isinstance(trainer, dict):
         return
+    for key in _MEMBERS:
+        if key in trainer:
+            yield f"trainer.{key}", f"expected in {key!r} at the top, got it here; change that"
     for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         if isinstance(value := trainer.get(key), int) and value < 1:
             yield f"trainer.{key}", f"expected >= 1, got {value}"
+    for key in ("gradient_clip_val", "log_every_n_steps"):
+        if isinstance(value := trainer.get(key), (int, float)) and value < 0:
+            yield f"trainer.{key}", f"expected >= 0, got {value}"
+    for key in ("limit_train_batches", "val_check_interval", "max_steps"):
+        if isinstance(value := trainer.get(key), (int, float)) and value == 0:
+            yield f"trainer.{key}", "expected some to train for, got 0"
     wanted = trainer.get("accelerator")
     if wanted in ("gpu", "cuda") and not torch.accelerator.is_available():
         yield "trainer.accelerator", f"expected a GPU for {wanted!r}, this machine has none; use trainer=cpu"
@@ -216,9 +364,9 @@ def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
 
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a value out of a config could serve an argument annotated so; what cannot be told fits."""
-    if isinstance(value, dict) and "_target_" in value:
-        return True  # to be built: its own arguments are checked, its result is not
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(value, dict) and "_target_" in value and value.get("_partial_") is not True:
+        return True  # to be built: its own arguments are checked, its result is not
     if annotation is Any or isinstance(annotation, (str, typing.TypeVar)):
         return True
     if annotation is None or annotation is type(None):
@@ -232,6 +380,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     kind = origin or annotation
     if not inspect.isclass(kind):
         return True
+    if isinstance(value, dict) and "_target_" in value:  # a function that would make it
+        return not issubclass(kind, (torch.nn.Module, str, int, float))
     if isinstance(value, bool):
         return kind in (bool, object)
     if kind is float:
@@ -273,6 +423,13 @@ def _short(value: Mapping[str, Any]) -> str:
     return str(value["_target_"]).rpartition(".")[2]
 
 
+def _got(value: Any) -> str:
+    """A value as an error quotes it; of what is to be built, its name."""
+    if isinstance(value, dict) and "_target_" in value:
+        return f"a function that would make a {_short(value)}; leave _partial_ out"
+    return repr(value)
+
+
 def _full_key(error: BaseException) -> str:
     """The config key of the innermost node that failed, as Hydra's message carries it."""
     key = ""
@@ -301,4 +458,5 @@ def _one_line(error: BaseException) -> str:
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     text = on_one_line(error) or type(error).__name__
-    return text if isinstance(error, (HastenError, ValueError, TypeError)) else f"{type(error).__name__}: {text}"
+    said = (HastenError, ValueError, TypeError, MisconfigurationException)
+    return text if isinstance(error, said) else f"{type(error).__name__}: {text}"

@@ -4,6 +4,7 @@ A first word without "=" is a command (list, ...); everything else is a run, com
 torch or Lightning before a run starts, so that help and lists answer at once.
 """
 
+import errno
 import logging
 import os
 import re
@@ -32,8 +33,13 @@ hasten {version}: published methods that make training cheaper, for PyTorch Ligh
   python train.py -m seed=0,1,2 ...      one run for each combination
   python train.py --cfg job ...          print the composed config instead of running it
   python train.py ckpt_path=last ...     continue the newest unfinished run of the experiment, in its folder
-  hasten list                            methods, experiments and data
+  python train.py estimate=true ...      print parameters, memory and time of the run instead of running it
+  hasten list [WORD]                     methods, experiments and data; or all that has to do with a word
+  hasten show EXPERIMENT                 its config, where each value comes from, and what the run would cost here
   hasten compare DIR...                  a table of runs, mean ± sd over seeds, and their curves
+  hasten attach module:Class [KEY=VALUE] which callbacks fit a LightningModule of yours, which refuse, and why
+  hasten export RUN [--out FOLDER]       its weights, config and card, in a form that timm or diffusers loads
+  hasten new METHOD [--family FAMILY]    in a clone: the files of a new method, and what is owed in each
   (`python train.py` and `hasten` take the same words)
 
 Often changed: seed=1  trainer=gpu  trainer.max_steps=200  logger=wandb  data.batch_size=128  ckpt_path=PATH
@@ -54,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT, "; no run had begun")
         print(f"hasten: {stopped}", file=sys.stderr)
         return stopped.exit_code
+    except SystemExit as error:  # how Hydra's own flags end, such as --hydra-help
+        return error.code if isinstance(error.code, int) else 0
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -89,18 +97,44 @@ def _help(words: list[str]) -> int:
 
 
 def _list(words: list[str]) -> int:
-    _refuse_words("list", words)
-    cards = registry.cards().values()
-    print("Methods and tools")
-    _print_lines({card.name: card.summary for card in cards})
-    for title, group in [("Experiments", "experiment"), ("Data", "data")]:
-        print(f"\n{title}")
-        _print_lines(registry.group(group))
-    return 0
+    from hasten.commands.list import main
+
+    return main(words)
+
+
+def _show(words: list[str]) -> int:
+    from hasten.commands.show import main
+
+    _quiet()
+    try:
+        return main(words)
+    except HastenError:
+        raise
+    except Exception as error:
+        composed = [word if re.search("[=~]", word) else f"experiment={word}" for word in words]
+        raise _in_one_line(error, composed) from error
 
 
 def _compare(words: list[str]) -> int:
     from hasten.commands.compare import main
+
+    return main(words)
+
+
+def _attach(words: list[str]) -> int:
+    from hasten.commands.attach import main
+
+    return main(words)
+
+
+def _export(words: list[str]) -> int:
+    from hasten.commands.export import main
+
+    return main(words)
+
+
+def _new(words: list[str]) -> int:
+    from hasten.commands.new import main
 
     return main(words)
 
@@ -116,7 +150,15 @@ def _print_lines(summaries: Mapping[str, str]) -> None:
         print(f"  {name:<{width}}  {summary}")
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"help": _help, "list": _list, "compare": _compare}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "help": _help,
+    "list": _list,
+    "show": _show,
+    "compare": _compare,
+    "attach": _attach,
+    "export": _export,
+    "new": _new,
+}
 
 
 # ------------------------------------------------------------------ runs
@@ -132,8 +174,8 @@ def _train(words: list[str]) -> None:
     parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
     parsed = parser.parse_intermixed_args(words)
     sweep = parsed.multirun
-    # what tells the jobs apart: lists (a,b), choices and ranges
-    swept = {word.partition("=")[0] for word in parsed.overrides if re.search(r"[,(]", word)}
+    _check_words(parsed.overrides)
+    swept = _swept(parsed.overrides)
     overrides = _continued(parsed.overrides, sweep=sweep)
     # Hydra wants the overrides in one piece, and --info before none of them
     words = [*overrides, *(word for word in words if word not in parsed.overrides)]
@@ -167,19 +209,27 @@ def _train(words: list[str]) -> None:
         raise failures[0]
 
 
+def _swept(overrides: list[str]) -> set[str]:
+    """What tells the jobs of a sweep apart: the keys with several values (a,b), a choice or a range."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True)
+    return {word.partition("=")[0] for word, override in parsed if override.is_sweep_override()}
+
+
 def _continued(overrides: list[str], *, sweep: bool) -> list[str]:
     """The words of a run: where they say ``ckpt_path=last``, those of the newest unfinished one, then the new ones."""
     given = {word.partition("=")[0]: word.partition("=")[2].strip("'\"") for word in overrides}
     if given.get("ckpt_path") != "last":
         return overrides
     # imported here: help and lists need no file locks
-    from hasten.run_folders import LAST, newest_unfinished, result_of
+    from hasten.run_folders import LAST, newest_unfinished, result_of, started_processes
 
     if sweep:
         raise HastenError("ckpt_path: last: expected one run, got a sweep (--multirun); continue its jobs one by one")
     if "run_dir" in given:
         folder = Path(given["run_dir"])
-    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    elif started_processes() > 1:
         raise HastenError("run_dir: required with ckpt_path=last under torchrun and SLURM, got nothing")
     else:
         folder = newest_unfinished(given.get("experiment") or _default_experiment())
@@ -211,19 +261,14 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from hasten.check import check_read
     from hasten.run import named, run
 
-    # Lightning's INFO lines tell of devices and tips, not of the run
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # of a run that goes on
-    # data sets are distilled without Lightning's own validation, and checkpoints are written between two iterations
-    warnings.filterwarnings("ignore", message=".*`val_dataloader` but have no `validation_step`")
-    warnings.filterwarnings("ignore", message=".*ModelCheckpoint.* with manual optimization")
+    # as they were typed: list() would interpolate them
+    words: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[assignment]
+    check_read(cfg, words)
+    _quiet()
     hydra_cfg = HydraConfig.get()
-    words = list(hydra_cfg.overrides.task)
     paths = [word for word in hydra_cfg.overrides.hydra if word.startswith("hydra.searchpath=")]
     sweep = ""
     if hydra_cfg.mode == RunMode.MULTIRUN:
@@ -237,11 +282,48 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
                 "--multirun: expected one process a job, got several (trainer.strategy or trainer.devices); "
                 "start the jobs one by one"
             )
-    with _own_log():
-        result = run(named(cfg, hydra_cfg.runtime.choices.get("experiment"), [*paths, *words]), sweep=sweep)
+        varied = ", ".join(word for word in words if word.partition("=")[0] in swept)
+        print(f"job {hydra_cfg.job.num}: {varied}")
+        logger = OmegaConf.select(cfg, "logger.wandb") or {}
+        for key, value in {"group": Path(hydra_cfg.sweep.dir).name, "name": varied}.items():
+            if key in logger and logger[key] is None:
+                logger[key] = value
+    cfg = named(cfg, hydra_cfg.runtime.choices.get("experiment"), [*paths, *words])
+    if cfg.get("estimate"):
+        _print_estimate(cfg)
+        return None
+    try:
+        with _own_log():
+            result = run(cfg, sweep=sweep)
+    finally:
+        if wandb := sys.modules.get("wandb"):
+            wandb.teardown()  # its service writes to the folder of the run that it was started for
     if result.trainer is None or result.trainer.is_global_zero:
         _print_result(result)
+        for card in registry.methods_used(OmegaConf.to_container(cfg), cfg.experiment):
+            print(f"  cite: {card.front['paper']}")
     return result.metrics.get(cfg.objective.metric)
+
+
+def _quiet() -> None:
+    """Leave out what libraries say of themselves or of what is as it should be."""
+    # Lightning's INFO lines tell of devices and tips, not of the run
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # newer releases of torch deprecate what Lightning 2.6 asks of them at every batch
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # of short runs: as it should be
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # of a run that goes on
+    # data sets are distilled without Lightning's own validation, and checkpoints are written between two iterations
+    warnings.filterwarnings("ignore", message=".*`val_dataloader` but have no `validation_step`")
+    warnings.filterwarnings("ignore", message=".*ModelCheckpoint.* with manual optimization")
+
+
+def _print_estimate(cfg: "DictConfig") -> None:
+    from hasten.estimate import as_text, estimate
+
+    costs = as_text(estimate(cfg))
+    if not int(os.environ.get("LOCAL_RANK", 0)):
+        print(f"{costs}\n\nnothing has run; the same words without estimate=true run it")
 
 
 @contextmanager
@@ -314,33 +396,66 @@ def _report(error: Exception) -> None:
     else:
         lines = [f"{type(error).__name__}: {on_one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"]
     for line in lines:
-        print(f"hasten: {line}", file=sys.stderr)
+        short = line if len(line) <= 1000 else f"{line[:700]} ... {line[-200:]}"  # of what was typed, say
+        print(f"hasten: {short}", file=sys.stderr)
 
 
 def _refuse(message: str) -> NoReturn:
     raise HastenError(f"{message}; see --help")
 
 
+def _check_words(words: list[str]) -> None:
+    """Whether Hydra can read each of ``words``; a HastenError names those that it cannot."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser, lines = OverridesParser.create(), []
+    for word in words:
+        shown = word if word.isprintable() else repr(word)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        try:
+            if not parser.parse_override(word).key_or_group:
+                lines.append(f"{shown}: expected key=value, got no key")
+        except Exception as error:  # of the grammar's many parts
+            said = on_one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            quoted = "" if word.isascii() else "; quote what is not ASCII: \"key='value'\""
+            lines.append(f"{shown}: expected key=value, cannot read it: {said[:160]}{quoted}")
+    if lines:
+        raise HastenError("\n".join(lines))
+
+
 def _in_one_line(error: Exception, words: list[str]) -> Exception:
     """Hydra's own errors in hasten's wording; any other error as it is."""
-    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    said = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return HastenError(f"{group}: there is no {name!r}{did_you_mean(name, error.options)}")
-    if isinstance(error, OverrideParseException):
-        said = str(error).splitlines()[0]
-        return HastenError(f"{error.override}: expected key=value, cannot read it: {said}")
+        options = error.options or (registry.group(group) if group in registry.groups() else [])
+        return HastenError(f"{group}: there is no {name!r}{did_you_mean(name, options)}")
+    if match := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", said):
+        key, value = match[1], match[2]
+        return HastenError(
+            f"{key}: expected one value, got {value!r}; add -m to try each, or write a list as {key}=[{value}]"
+        )
+    if match := re.match(r"Could not delete.*?'([^']*)'", said):
+        return HastenError(f"~{match[1]}: expected a key that has a value, or a group, got neither; leave it out")
+    if match := re.match(r"Multiple values for (\S+)\.|(\S+) appears more than once", said):
+        group = match[1] or match[2]
+        return HastenError(f"{group}: expected one option, got several; write {group}=NAME without the +")
     if "Config group override must be a string" in str(error):
         word = next((word for word in words if word.endswith("=null")), words[-1])
         group = word.partition("=")[0]
         options = registry.group(group) if group in registry.groups() else []
         return HastenError(f"{word}: expected an option{did_you_mean('', options)}")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return HastenError(f"{max(words, key=len)[:80]}...: expected the name of an option, too long for one")
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         return HastenError(_no_such_key(match[1].lstrip("+~"), words))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return HastenError(on_one_line(error.__cause__ or error))
+        cause = error.__cause__ or error
+        key = getattr(cause, "full_key", None)
+        return HastenError(f"{key}: {str(cause).splitlines()[0]}" if key else on_one_line(cause))
     return error
 
 

@@ -25,21 +25,24 @@ from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.utils import get_object
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from hasten.check import build, check, check_first
 from hasten.checkpoints import Interruptible
 from hasten.errors import HastenError, did_you_mean, on_one_line
 from hasten.formats import whole_file, write_json
 from hasten.interruption import Stopped
-from hasten.run_folders import LAST, claimed, result_of, resumes_by_files
+from hasten.run_folders import LAST, claimed, result_of, resumes_by_files, started_processes
 
 T = TypeVar("T")
 _RANK_FOLDER = "HASTEN_RUN_DIR"
@@ -81,7 +84,7 @@ def named(cfg: DictConfig, experiment: str | None, overrides: Sequence[str]) -> 
     with open_dict(cfg):
         cfg.pop("hydra", None)
         cfg.experiment = experiment or "run"
-        cfg.overrides = list(overrides)
+        cfg.overrides = [word.replace("${", "\\${") for word in overrides]  # words, to be read as they are
     return cfg
 
 
@@ -96,14 +99,18 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
         HastenError: everything that is wrong with the config, a line each, before anything expensive.
         Stopped: where SIGTERM, or Ctrl-C, has asked the run to end.
     """
+    if cfg.get("estimate"):
+        raise HastenError("estimate: true: expected a command line, or hasten.estimate.estimate(cfg); run() trains")
     cfg = cfg.copy()
     check_first(cfg)
     with _claimed_folder(cfg, sweep) as folder:
         cfg.run_dir = str(folder)
-        stages = _stages(cfg)
-        for stage in stages:
-            check(stage)
-        check(cfg)
+        if cfg.ckpt_path == "auto":
+            cfg.ckpt_path = _go_on_or_begin(cfg, folder)
+        stages = stages_of(cfg)
+        for config in (cfg, *stages):
+            check(config)
+        _check_sharding(cfg)
         _rehearse(cfg, [stage.run_dir for stage in stages])
         for stage in stages:
             _complete(stage)
@@ -112,25 +119,15 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
 
 
 def _run(cfg: DictConfig, folder: Path) -> Result:
-    threads = torch.get_num_threads()
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    try:
+    with threads_of(cfg):
         return _fit_and_test(cfg, folder) if cfg.task is None else _task(cfg, folder)
-    finally:
-        torch.set_num_threads(threads)  # what runs next in this process asks for its own
 
 
 def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
-    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = _built(cfg, "data" if cfg.datamodule is None else "datamodule", LightningDataModule)
-    _check_image(cfg, datamodule)
-    module = _built(cfg, "module", LightningModule)
+    datamodule, module = data_and_module(cfg)
     ckpt_path = _checkpoint(cfg.ckpt_path, module)
-    if cfg.compile:
-        getattr(module, "model", module).compile()  # in place: the state_dict keeps its keys
     callbacks, loggers = _all_built(cfg, "callbacks", Callback), _all_built(cfg, "logger", Logger)
-    trainer = _built(cfg, "trainer", Trainer, callbacks=callbacks, logger=loggers)
+    trainer = built(cfg, "trainer", Trainer, callbacks=callbacks, logger=loggers)
     with _recorded(cfg, folder, trainer.loggers if trainer.is_global_zero else None) as result:
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
@@ -142,7 +139,29 @@ def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
                 result["tested"] = "best" if best else "last"  # last: a run too short for a validation
                 trainer.test(module, datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
                 result["metrics"] |= _numbers(trainer)
+        if trainer.is_global_zero:
+            _summarize(cfg, trainer, result["metrics"])
     return Result(result["metrics"], folder, trainer, module, datamodule)
+
+
+def _summarize(cfg: DictConfig, trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Show in W&B what result.json holds, and the best value of the objective; of itself it shows what came last."""
+    best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    found = {} if best is None else {f"{cfg.objective.metric}_best": float(best)}
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(metrics | found)
+
+
+def _compile(cfg: DictConfig, module: LightningModule) -> None:
+    """The network of a module, in place: the state_dict keeps its keys, and what calls parts of it stays as it was."""
+    network = getattr(module, "model", None)
+    if not isinstance(network, nn.Module):
+        raise HastenError(
+            f"compile: expected a network as {type(module).__name__}.model, which has none; leave compile out"
+        )
+    arguments = {} if cfg.compile is True else cast(dict[str, Any], OmegaConf.to_container(cfg.compile, resolve=True))
+    network.compile(**arguments)
 
 
 def _task(cfg: DictConfig, folder: Path) -> Result:
@@ -155,11 +174,36 @@ def _task(cfg: DictConfig, folder: Path) -> Result:
         )
     with _recorded(cfg, folder, []) as result:
         metrics: dict[str, float] = cast(Any, task)(folder)
+        if not isinstance(metrics, dict):
+            raise HastenError(f"task: expected a function that returns numbers by name, got {type(metrics).__name__}")
         result["metrics"] = metrics
     return Result(metrics, folder)
 
 
-def _built(cfg: DictConfig, key: str, kind: type[T], **extra: Any) -> T:
+@contextmanager
+def threads_of(cfg: DictConfig) -> Iterator[None]:
+    """As many CPU threads as the run asks for; what runs next in this process asks for its own."""
+    threads = torch.get_num_threads()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def data_and_module(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule]:
+    """What a run fits on, and what it fits; from its seed on."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = built(cfg, "data" if cfg.datamodule is None else "datamodule", LightningDataModule)
+    _check_image(cfg, datamodule)
+    module = built(cfg, "module", LightningModule)
+    if cfg.compile is not False:
+        _compile(cfg, module)
+    return datamodule, module
+
+
+def built(cfg: DictConfig, key: str, kind: type[T], **extra: Any) -> T:
     """What the node at ``key`` describes, which must be a ``kind``."""
     made = build(cfg, key, **extra)
     if not isinstance(made, kind):
@@ -170,7 +214,7 @@ def _built(cfg: DictConfig, key: str, kind: type[T], **extra: Any) -> T:
 def _all_built(cfg: DictConfig, group: str, kind: type[T]) -> list[T]:
     """Everything in a group of named nodes; those set to null are left out."""
     nodes = cfg.get(group) or {}
-    return [_built(cfg, f"{group}.{name}", kind) for name in nodes if nodes[name] is not None]
+    return [built(cfg, f"{group}.{name}", kind) for name in nodes if nodes[name] is not None]
 
 
 def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
@@ -185,6 +229,19 @@ def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
             )
 
 
+def _check_sharding(cfg: DictConfig) -> None:
+    """Whether the module shards itself where the trainer asks for that."""
+    strategy, module = cfg.trainer.strategy, cfg.module
+    if not OmegaConf.is_dict(strategy) or get_object(strategy._target_) is not ModelParallelStrategy or module is None:
+        return
+    kind = get_object(module._target_)
+    if getattr(kind, "configure_model", None) is LightningModule.configure_model:
+        raise HastenError(
+            f"trainer.strategy: expected a module that shards in configure_model, got {kind.__name__}, which every "
+            "process holds whole; use trainer=ddp, or one process"
+        )
+
+
 # ------------------------------------------------------------------ folders
 
 
@@ -194,10 +251,12 @@ def _claimed_folder(cfg: DictConfig, sweep: str) -> Iterator[Path]:
     if int(os.environ.get("LOCAL_RANK", 0)) and _RANK_FOLDER in os.environ:
         yield Path(os.environ[_RANK_FOLDER])
         return
-    if cfg.run_dir is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cfg.run_dir is None and started_processes() > 1:
         raise HastenError(
             "run_dir: required under torchrun and SLURM, got null; add run_dir=FOLDER, the same for all processes"
         )
+    if cfg.run_dir is None and cfg.ckpt_path == "auto":
+        raise HastenError("run_dir: required with ckpt_path=auto, got null; add run_dir=FOLDER, the same every time")
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield Path(str(cfg.run_dir))
         return
@@ -221,6 +280,17 @@ def _check_free(cfg: DictConfig, folder: Path) -> None:
     goes_on = cfg.ckpt_path is not None or (resumes_by_files(cfg) and result_of(folder).get("status") != "complete")
     if (folder / "result.json").exists() and not goes_on:
         raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
+
+
+def _go_on_or_begin(cfg: DictConfig, folder: Path) -> str | None:
+    """What ``ckpt_path=auto`` means at this start of a job: the last checkpoint, or None where there is none yet."""
+    if result_of(folder).get("status") == "complete":
+        raise HastenError(f"ckpt_path: auto: {str(folder)!r} is complete; to train it for longer give ckpt_path=FILE")
+    if (folder / LAST).exists():
+        return str(folder / LAST)
+    if getattr(rank_zero_only, "rank", 0) == 0 and not resumes_by_files(cfg):
+        (folder / "metrics.csv").unlink(missing_ok=True)  # of a start that did not come to a checkpoint
+    return None
 
 
 def _new_folder(cfg: DictConfig, sweep: str) -> Path:
@@ -340,7 +410,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 # ------------------------------------------------------------------ stages
 
 
-def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
+def stages_of(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
     """The configs of everything ``cfg.first`` names, deepest first; writes their folders into ``cfg.stages``.
 
     A stage is its experiment as it stands (``name``) or in its tiny form (``name:tiny``), with the seed, the data and
@@ -359,13 +429,12 @@ def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
             stage = compose(words)
             if form == "tiny":
                 stage = compose([*words, *stage.tiny])
-        except MissingConfigException as error:
-            raise HastenError(
-                f"first: there is no experiment {name!r}{did_you_mean(name, error.options or [])}"
-            ) from error
+        except (MissingConfigException, OverrideParseException) as error:
+            options = getattr(error, "options", None) or []
+            raise HastenError(f"first: there is no experiment {name!r}{did_you_mean(name, options)}") from error
         stage.seed, stage.data, stage.image = cfg.seed, cfg.data, cfg.image
         stage.trainer.accelerator = cfg.trainer.accelerator
-        stages += _stages(stage, (*below, name))
+        stages += stages_of(stage, (*below, name))
         stage.run_dir = str(Path("runs", "stages", f"{name}-{_recipe_hash(stage)}"))
         with open_dict(cfg):
             cfg.stages[name] = stage.run_dir
@@ -374,7 +443,8 @@ def _stages(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
 
 
 def _recipe_hash(stage: DictConfig) -> str:
-    recipe = OmegaConf.masked_copy(stage, [key for key in map(str, stage) if key not in ("overrides", "logger")])
+    apart = ("overrides", "logger", "estimate")
+    recipe = OmegaConf.masked_copy(stage, [key for key in map(str, stage) if key not in apart])
     text = json.dumps(OmegaConf.to_container(recipe), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -389,13 +459,17 @@ def _rehearse(cfg: DictConfig, folders: Sequence[str]) -> None:
         if node is not None and not any(
             folder in str(OmegaConf.to_container(node, resolve=True)) for folder in folders
         ):
-            _built(cfg, key, kind)
+            built(cfg, key, kind)
 
 
 def _complete(stage: DictConfig) -> None:
     """Run a stage, or the rest of it, unless its folder says that it is complete; one process at a time."""
     folder = Path(stage.run_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if getattr(rank_zero_only, "rank", 0) != 0:  # rank zero runs it; whoever has started us ends us if that fails
+        while result_of(folder).get("status") != "complete":
+            time.sleep(0.5)
+        return
     with FileLock(f"{folder}.lock"):
         if result_of(folder).get("status") == "complete":
             return
