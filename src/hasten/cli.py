@@ -11,8 +11,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +34,7 @@ hasten {version}: published methods that make training cheaper, for PyTorch Ligh
   python train.py -m seed=0,1,2 ...      one run for each combination
   python train.py --cfg job ...          print the composed config instead of running it
   python train.py ckpt_path=last ...     continue the newest unfinished run of the experiment, in its folder
+  python train.py ckpt_path=auto run_dir=FOLDER ...  continue the run there, or begin it: for jobs that are put back
   python train.py estimate=true ...      print parameters, memory and time of the run instead of running it
   hasten list [WORD]                     methods, experiments and data; or all that has to do with a word
   hasten show EXPERIMENT                 its config, where each value comes from, and what the run would cost here
@@ -71,11 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if words and not words[0].startswith("-") and "=" not in words[0]:
-        command = _COMMANDS.get(words[0])
-        if command is None and not words[0].startswith(("+", "~")):
-            raise HastenError(f"{words[0]!r}: expected a command or key=value{did_you_mean(words[0], _COMMANDS)}")
-        if command is not None:
-            return command(words[1:])
+        if words[0] == "help":
+            return _help(words[1:])
+        if words[0] in _COMMANDS:
+            return _command(words[0], words[1:])
+        if not words[0].startswith(("+", "~")):
+            nearest = did_you_mean(words[0], ["help", *_COMMANDS])
+            raise HastenError(f"{words[0]!r}: expected a command or key=value{nearest}")
     if "--help" in words or "-h" in words:
         return _help([])
     if "--version" in words:
@@ -90,58 +94,23 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _help(words: list[str]) -> int:
-    _refuse_words("help", words)
+    if words:
+        raise HastenError(f"help: expected no further words, got {' '.join(words)!r}")
     print(_USAGE.format(version=__version__), end="")
     _print_lines(registry.group("experiment"))
     return 0
 
 
-def _list(words: list[str]) -> int:
-    from hasten.commands.list import main
-
-    return main(words)
-
-
-def _show(words: list[str]) -> int:
-    from hasten.commands.show import main
-
+def _command(name: str, words: list[str]) -> int:
+    """What ``hasten.commands.<name>`` does, whose file is imported only now."""
     _quiet()
     try:
-        return main(words)
+        return import_module(f"hasten.commands.{name}").main(words)
     except HastenError:
         raise
-    except Exception as error:
+    except Exception as error:  # Hydra's own, of words that name an experiment or change its config
         composed = [word if re.search("[=~]", word) else f"experiment={word}" for word in words]
         raise _in_one_line(error, composed) from error
-
-
-def _compare(words: list[str]) -> int:
-    from hasten.commands.compare import main
-
-    return main(words)
-
-
-def _attach(words: list[str]) -> int:
-    from hasten.commands.attach import main
-
-    return main(words)
-
-
-def _export(words: list[str]) -> int:
-    from hasten.commands.export import main
-
-    return main(words)
-
-
-def _new(words: list[str]) -> int:
-    from hasten.commands.new import main
-
-    return main(words)
-
-
-def _refuse_words(command: str, words: list[str]) -> None:
-    if words:
-        raise HastenError(f"{command}: expected no further words, got {' '.join(words)!r}")
 
 
 def _print_lines(summaries: Mapping[str, str]) -> None:
@@ -150,15 +119,7 @@ def _print_lines(summaries: Mapping[str, str]) -> None:
         print(f"  {name:<{width}}  {summary}")
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "help": _help,
-    "list": _list,
-    "show": _show,
-    "compare": _compare,
-    "attach": _attach,
-    "export": _export,
-    "new": _new,
-}
+_COMMANDS = ("list", "show", "compare", "attach", "export", "new")
 
 
 # ------------------------------------------------------------------ runs
