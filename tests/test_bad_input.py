@@ -311,6 +311,7 @@ SINGLE = {
     "classify_digits": [
         ("+x=1", "x"),
         ("++x=1", "x"),
+        ("+mode=max", "mode"),  # a part of objective.mode, which is read
         ("+modle=unet", "modle"),
         ("+image.sise=8", "image.sise"),
         ("+objective.mod=max", "objective.mod"),

@@ -258,12 +258,14 @@ def test_a_stage_goes_on_from_its_own_checkpoint(whole, capsys):
 
 def test_new_words_come_after_those_of_the_run_that_goes_on(capsys):
     assert main([*SMALL, ask("on_before_zero_grad", 2)]) == 143
-    assert main(["experiment=classify_digits", "ckpt_path=last", "trainer.max_epochs=3", "+note=longer"]) == 0
+    assert (
+        main(["experiment=classify_digits", "ckpt_path=last", "trainer.max_epochs=3", "+trainer.benchmark=false"]) == 0
+    )
     folder = folder_of()
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
     words = result_in(folder)["overrides"]
     assert words[: len(SMALL) - 2] == [word for word in SMALL if "max_epochs" not in word and "experiment" not in word]
-    assert {"experiment=classify_digits", "trainer.max_epochs=3", "+note=longer"} < set(words)
+    assert {"experiment=classify_digits", "trainer.max_epochs=3", "+trainer.benchmark=false"} < set(words)
     assert len(rows_in(folder)) == len({(row["step"], row["train/loss"] == "") for row in rows_in(folder)})
 
 

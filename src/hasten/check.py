@@ -102,10 +102,11 @@ def check_read(cfg: DictConfig, words: Sequence[str]) -> None:
     keys = [str(key) for key in cfg]
     if isinstance(cfg.get("image"), DictConfig):
         keys += [f"image.{key}" for key in cfg.image]
-    read = " ".join(re.findall(r"\$\{[^}]*\}", OmegaConf.to_yaml(cfg)))
+    paths = re.findall(r"\$\{([^.}:][^}:]*)", OmegaConf.to_yaml(cfg))  # of interpolations
+    read = {path[: end.start()] for path in paths for end in re.finditer(r"[.\[]|$", path)}
     asked = {re.split(r"[.=]", word.lstrip("+"))[0] for word in words}
     needed = _READ | ({"model", "optimizer", "scheduler"} - asked)
-    unread = [key for key in keys if key not in needed and not re.search(rf"\b{re.escape(key)}\b", read)]
+    unread = [key for key in keys if key not in needed and key not in read]
     if unread:
         lines = [f"{key}: nothing here reads this key{did_you_mean(key, needed - {key})}" for key in unread]
         raise HastenError("\n".join(lines))

@@ -262,7 +262,7 @@ def _job(cfg: "DictConfig", swept: set[str]) -> float | None:
     if result.trainer is None or result.trainer.is_global_zero:
         _print_result(result)
         for card in registry.methods_used(OmegaConf.to_container(cfg), cfg.experiment):
-            print(f"  cite: {card.front['paper']}")
+            print(f"  cite: {card.paper_of(cfg.experiment)}")
     return result.metrics.get(cfg.objective.metric)
 
 
@@ -280,11 +280,12 @@ def _quiet() -> None:
 
 
 def _print_estimate(cfg: "DictConfig") -> None:
+    from lightning.pytorch.utilities import rank_zero_only
+
     from hasten.estimate import as_text, estimate
 
     costs = as_text(estimate(cfg))
-    if not int(os.environ.get("LOCAL_RANK", 0)):
-        print(f"{costs}\n\nnothing has run; the same words without estimate=true run it")
+    rank_zero_only(print)(f"{costs}\n\nnothing has run; the same words without estimate=true run it")
 
 
 @contextmanager

@@ -34,6 +34,10 @@ class Card:
         """What it saves (a method) or gives (a tool), in one line."""
         return self.front["saves" if self.kind == "method" else "gives"]
 
+    def paper_of(self, experiment: str) -> str:
+        """What a run of ``experiment`` cites: the method's paper, or that of a relative with a word in ``papers``."""
+        return self.front.get("papers", {}).get(experiment.partition("_")[0], self.front["paper"])
+
 
 def cards() -> dict[str, Card]:
     """Every card by name, methods before tools.

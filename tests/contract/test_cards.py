@@ -71,12 +71,27 @@ def test_the_evidence_of_a_card_says_at_which_scale(name):
     assert re.search(r"\d", said) and "\n" not in said, f"cards/{name}.md: evidence_here: one sentence with numbers"
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_an_experiment_of_a_method_cites_it(name):
-    experiment = next(word for word in METHODS[name].front["experiments"] if word.endswith("_digits"))
+CITING = [
+    (name, experiment)
+    for name, card in METHODS.items()
+    for experiment in card.front["experiments"]
+    if experiment.endswith("_digits") and "_separate_" not in experiment  # a control: networks without the method
+]
+
+
+@pytest.mark.parametrize(("name", "experiment"), CITING)
+def test_an_experiment_of_a_method_cites_it(name, experiment):
     config = OmegaConf.to_container(compose([f"experiment={experiment}"]))
-    used = [card.name for card in registry.methods_used(config, experiment)]
-    assert used == [name], f"cards/{name}.md: exports: the first is what {experiment} builds"
+    used = registry.methods_used(config, experiment)
+    assert [card.name for card in used] == [name], f"cards/{name}.md: exports: the first is what {experiment} builds"
+
+
+def test_a_relative_of_a_method_cites_a_paper_of_its_own():
+    of = registry.cards()["edf"].paper_of
+    assert of("edf_digits") == of("run") == registry.cards()["edf"].front["paper"]
+    papers = {word: of(f"{word}_digits") for word in ("edf", "mtt", "ftd", "datm", "pad", "tesla")}
+    assert len(set(papers.values())) == 6
+    assert "2203.11932" in papers["mtt"] and "2310.05773" in papers["datm"]
 
 
 def test_a_control_without_the_method_does_not_cite_it():

@@ -173,7 +173,7 @@ def test_a_unet_attends_where_asked():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"widths": ()}, "widths: expected at least one, got none"),
+        ({"widths": ()}, r"widths: expected at least one, each >= 1, got \[\]"),
         ({"widths": (16, 16, 16, 16, 16)}, "image_size: expected a multiple of 16 for 5 widths, got 8"),
         ({"widths": (32, 36)}, r"widths: expected multiples of 8 \(norm groups\), got \[32, 36\]"),
         ({"attention": (16,)}, r"attention: expected sides among \[8, 4\], got \[16\]"),
