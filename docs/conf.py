@@ -17,6 +17,7 @@ ROOT, DOCS = Path(__file__).parents[1], Path(__file__).parent
 PAGES = DOCS / "_pages"
 CARDS = Path("src/hasten/cards")
 PACKAGES = ["functional", "nn", "optim", "modules", "callbacks", "datamodules", "formats"]
+MODULES = ["run", "estimate", "loggers", "checkpoints"]
 
 project, author, release = "hasten", "the authors of hasten", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -54,6 +55,9 @@ def write_pages() -> None:
         _write(page, _turned(text, source.parent, DOCS if page.stem == "readme" else page.parent, pages))
     for package in PACKAGES:
         _write(PAGES / f"api/{package}.md", _reference(package))
+    for module in MODULES:
+        directive = f"```{{eval-rst}}\n.. automodule:: hasten.{module}\n```\n"
+        _write(PAGES / f"api/{module}.md", f"# hasten.{module}\n\n{directive}")
 
 
 def _write(page: Path, text: str) -> None:

@@ -363,3 +363,8 @@ def test_a_run_says_which_weights_it_started_from(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "seven.pt is for 7 classes, the model for 10: its classifier stays fresh" in out
     assert "vim: loaded weights of seven.pt" in out
+
+
+def test_a_key_of_a_chosen_option_is_explained_by_what_that_option_takes(capsys):
+    assert main(["experiment=classify_digits", "optimizer=sgd", "optimizer.dampening=0.1"]) == 1
+    assert "torch.optim.SGD takes it; add it with +optimizer.dampening=VALUE" in capsys.readouterr().err

@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from hasten.cli import main
 from hasten.errors import HastenError
 from hasten.loggers import wandb
-from hasten.run import compose
+from hasten.run import _summarize, compose
 
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC")
 QUICK = ["experiment=classify_digits", "trainer.limit_train_batches=2", "trainer.log_every_n_steps=1", "logger=wandb"]
@@ -154,7 +157,7 @@ def _nobody(monkeypatch, tmp_path):
 def test_online_without_a_login_is_refused_where_wandb_would_ask(monkeypatch, tmp_path, asked):
     if not asked:
         monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(HastenError, match=r"logger\.wandb: expected a login for mode 'online', found none; run"):
+    with pytest.raises(HastenError, match=r"^expected a login for mode 'online', found none; run"):
         wandb(tmp_path, **asked)
 
 
@@ -194,3 +197,24 @@ def test_a_terminal_does_not_make_wandb_ask(tmp_path):
         )  # fmt: skip
     assert done.returncode == 0
     assert len(list(tmp_path.glob("run/wandb/offline-run-*"))) == 1
+
+
+def test_the_best_value_of_the_objective_is_the_best_checkpoints_and_not_the_last():
+    class Logger(WandbLogger):
+        experiment = SimpleNamespace(summary={})  # of a run that needs no W&B
+
+        def __init__(self):
+            pass
+
+    checkpoints = SimpleNamespace(best_model_score=torch.tensor(0.9), current_score=torch.tensor(0.5))
+    trainer = SimpleNamespace(checkpoint_callback=checkpoints, loggers=[Logger()])
+    _summarize(compose(["experiment=classify_digits"]), trainer, {"val/acc": 0.5})
+    assert Logger.experiment.summary == {"val/acc": 0.5, "val/acc_best": pytest.approx(0.9)}
+
+
+def test_a_mode_that_needs_a_login_is_named_once_by_its_key(tmp_path, monkeypatch, capsys):
+    for key in ("WANDB_MODE", *CREDENTIALS):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([*QUICK, "logger.wandb.offline=false", f"run_dir={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err.startswith("hasten: logger.wandb: expected a login for mode 'online'")

@@ -438,7 +438,8 @@ def _no_such_key(key: str, words: list[str]) -> str:
                     yield from below(node._get_node(name), f"{prefix}{name}.")
 
     try:
-        cfg = compose([word for word in words if re.match(r"experiment=[^,]+$", word)])
+        chosen = [word for word in words if word.partition("=")[0] in registry.groups() and "," not in word]
+        cfg = compose(chosen)
     except Exception:  # the experiment is what is wrong: there is nothing to compare with
         return f"{key}: there is no such key"
     parent, _, name = key.rpartition(".")

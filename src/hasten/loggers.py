@@ -221,7 +221,7 @@ def _mode(offline: bool | None) -> tuple[str, str]:
         return ("online", "") if _logged_in_to_wandb() else ("offline", "no login found")
     if mode in ("online", "shared") and not _logged_in_to_wandb():
         raise HastenError(
-            f"logger.wandb: expected a login for mode {mode!r}, found none; run `wandb login`, set WANDB_API_KEY, or "
+            f"expected a login for mode {mode!r}, found none; run `wandb login`, set WANDB_API_KEY, or "
             "leave the mode out to log offline"
         )
     return mode, "as asked for"

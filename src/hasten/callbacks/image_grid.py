@@ -24,8 +24,8 @@ class ImageGrid(Callback):
     """Draw the module's ``pictures()`` every ``every_n_steps`` optimizer steps and at the end of the fit.
 
     Each picture becomes ``<folder>/<name>_<step>.png`` and ``<folder>/<name>.png``, always the latest, and an image
-    in Weights & Biases or TensorBoard where that logger is on; for the former the last ones are an artifact "pictures"
-    too. A picture with a row for each of the datamodule's ``class_names`` has these beside it. Under EMA the averaged
+    in Weights & Biases or TensorBoard where that logger is on; with ``hasten.loggers.wandb`` the last ones are an
+    artifact "pictures" too. A picture with a row for each of the datamodule's ``class_names`` has these beside it. Under EMA the averaged
     weights draw. Training does not notice: evaluation mode, no gradients, random state as before.
 
     Args:

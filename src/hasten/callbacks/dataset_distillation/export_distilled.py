@@ -24,7 +24,7 @@ class ExportDistilled(Callback):
 
     ``<path>/final`` is the set as the fit left it, also where that ended with an error. Beside an ``EvaluateDistilled``
     there is ``<path>/best``, written anew whenever that has found a better one, and both get its table. The callbacks
-    may stand in any order. Where Weights & Biases is on, they are an artifact "distilled" of its run.
+    may stand in any order. With ``hasten.loggers.wandb`` they are an artifact "distilled" of its run.
 
     Args:
         path: the folder.
