@@ -163,8 +163,9 @@ def test_online_without_a_login_is_refused_where_wandb_would_ask(monkeypatch, tm
 
 @pytest.mark.usefixtures("_nobody")
 def test_what_is_asked_for_goes_before_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert wandb(tmp_path)._wandb_init["mode"] == "online"
+    assert wandb(tmp_path)._wandb_init["mode"] is None  # what `wandb offline` has set, say
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     assert wandb(tmp_path)._wandb_init["mode"] == "offline"
     assert wandb(tmp_path, offline=False)._wandb_init["mode"] == "online"

@@ -213,12 +213,12 @@ class _WandbOfFolder(WandbLogger):
                 os.environ.update({} if value is None else {key: value})
 
 
-def _mode(offline: bool | None) -> tuple[str, str]:
-    """W&B's mode, and why."""
+def _mode(offline: bool | None) -> tuple[str | None, str]:
+    """W&B's mode, None where its own settings decide, and why."""
     asked = {None: os.environ.get("WANDB_MODE"), True: "offline", False: "online"}[offline]
     mode = {"dryrun": "offline", "run": "online"}.get(asked, asked) if asked else None
     if mode is None:
-        return ("online", "") if _logged_in_to_wandb() else ("offline", "no login found")
+        return (None, "") if _logged_in_to_wandb() else ("offline", "no login found")
     if mode in ("online", "shared") and not _logged_in_to_wandb():
         raise HastenError(
             f"expected a login for mode {mode!r}, found none; run `wandb login`, set WANDB_API_KEY, or "
