@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hasten.callbacks import EMA
 from hasten.errors import HastenError
+from hasten.nn.protocols import TrainsExperts
 
 
 class Foreign(LightningModule):
@@ -251,3 +252,20 @@ def test_true_half_precision_is_refused():
 def test_numbers_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=r"^ema: "):
         EMA(**arguments)
+
+
+def test_a_parameter_without_gradient_keeps_its_present_value_even_where_that_is_infinite():
+    module = foreign()
+    module.labels = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
+    trainer(EMA(0.9)).fit(module, loader())
+    assert module.labels.tolist() == [0.0, -torch.inf]
+
+
+def test_a_module_that_trains_experts_is_refused():
+    class Experts(Foreign):
+        experts, epochs, expert, epoch, form = 2, 1, 0, 0, None
+        recipe = train_only = theta = load_theta = lambda self: None
+
+    assert isinstance(Experts(), TrainsExperts)
+    with pytest.raises(HastenError, match="ema: expected one network a fit, got Experts"):
+        trainer(EMA(0.9)).fit(Experts(), loader())

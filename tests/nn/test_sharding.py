@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from hasten.nn import ConvNet, unet
+from hasten.nn import ConvNet, dit, unet
 from hasten.nn.sharding import shard
 
 
@@ -25,6 +25,11 @@ def _gradients(model: nn.Module, rows: slice) -> dict[str, torch.Tensor]:
 
 def _model(kind: str) -> nn.Module:
     torch.manual_seed(0)
+    if kind == "dit":
+        model = dit(1, 8, patch_size=2, width=32, depth=2, heads=2)
+        for parameter in model.parameters():  # a DiT begins with zeros, where gradients would be zero too
+            nn.init.normal_(parameter, std=0.1)
+        return model
     return ConvNet(1, 8, 10, width=8, depth=2) if kind == "convnet" else unet(1, 8, widths=(8, 16))
 
 
@@ -43,6 +48,6 @@ def _rank(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["convnet", "unet"])
+@pytest.mark.parametrize("kind", ["convnet", "unet", "dit"])
 def test_two_ranks_have_half_of_each_parameter_and_the_gradients_of_the_joined_batch(kind, two_processes):
     two_processes(_rank, kind)

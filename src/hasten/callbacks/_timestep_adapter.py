@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from hasten.errors import HastenError, did_you_mean
@@ -138,7 +139,8 @@ class TimestepAdapter:
     def _check_not_owned(self, name: str, timesteps: Tensor) -> None:
         storage = timesteps.untyped_storage().data_ptr()
         for owned, tensor in chain(self._module.named_parameters(), self._module.named_buffers()):
-            if tensor.untyped_storage().data_ptr() == storage:
+            here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if here.untyped_storage().data_ptr() == storage:
                 raise HastenError(
                     f"timestep_sampling: {name}: timesteps: expected a tensor made for this batch, got memory of "
                     f"{type(self._module).__name__}'s own {owned}, which would be overwritten; pass a copy (t.clone())"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hasten.errors import HastenError
+from hasten.nn.protocols import TrainsExperts
 
 
 class EMA(EMAWeightAveraging):
@@ -19,8 +20,9 @@ class EMA(EMAWeightAveraging):
 
     Lightning's callback of the same purpose, with the decay min(decay, (1 + n) / (10 + n)) after n updates: a plain
     decay of 0.9999 remembers the initial weights for tens of thousands of steps. The first update takes the weights
-    as they are; integer buffers are never averaged but keep their present value. So do non-persistent buffers: tables
-    derived from something else, they are no state, and the module keeps its own throughout.
+    as they are; integer buffers, and parameters that ask for no gradient, are never averaged but keep their present
+    value. So do non-persistent buffers: tables derived from something else, they are no state, and the module keeps its
+    own throughout.
 
     Validation runs on the average. In a checkpoint ``state_dict`` is the average and ``current_model_state`` what is
     trained; a resumed fit takes up both. After the fit the module holds the average.
@@ -38,7 +40,8 @@ class EMA(EMAWeightAveraging):
     Raises:
         ValueError: for a number out of its range.
         HastenError: at set-up for sharded strategies, for weights-only checkpoints (Lightning writes those without
-            asking callbacks, so they would hold the raw weights) and for modules that build layers in ``setup``.
+            asking callbacks, so they would hold the raw weights), for modules that build layers in ``setup`` and for
+            those that train experts, of which each begins anew.
 
     Example:
         >>> ema = EMA(0.999)
@@ -66,6 +69,11 @@ class EMA(EMAWeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if isinstance(pl_module, TrainsExperts):
+            raise HastenError(
+                f"ema: expected one network a fit, got {type(pl_module).__name__}, which draws a new one for each "
+                "expert; leave EMA out"
+            )
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise HastenError(
                 f"ema: strategy: expected whole weights on every device, got {type(trainer.strategy).__name__}, which "
@@ -144,7 +152,8 @@ class EMA(EMAWeightAveraging):
         average = cast(AveragedModel, self._average_model)
         averaged, current = [], []
         for old, new in zip(_tensors(average.module).values(), _tensors(pl_module).values(), strict=True):
-            if self._updates and (old.is_floating_point() or old.is_complex()):
+            learned = new.requires_grad or not isinstance(new, nn.Parameter)  # what is not may be infinite
+            if self._updates and learned and (old.is_floating_point() or old.is_complex()):
                 averaged.append(old)
                 current.append(new.to(old.device))
             else:

@@ -6,6 +6,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+_CALLED_TWICE = "transformer_blocks.0.norm1.emb"
+"""In diffusers' DiT: by its block, and once more behind the last one, where that block is no longer whole."""
+
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard ``model`` in place over all ranks of ``mesh``: each block of its lists alone, then the rest.
@@ -17,6 +20,9 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         return  # Lightning configures the model again before each of fit, validate and test
     # Lightning's mesh lays the devices of a node along its tensor-parallel axis, and nothing here is tensor-parallel
     ranks = init_device_mesh(mesh.device_type, (mesh.size(),))
+    for name, part in model.named_modules():
+        if name.endswith(_CALLED_TWICE):
+            fully_shard(part, mesh=ranks)
     for block in _blocks(model):
         fully_shard(block, mesh=ranks)
     fully_shard(model, mesh=ranks)
