@@ -110,7 +110,7 @@ def run(cfg: DictConfig, *, sweep: str = "") -> Result:
         stages = stages_of(cfg)
         for config in (cfg, *stages):
             check(config)
-        _check_sharding(cfg)
+        check_sharding(cfg)
         _rehearse(cfg, [stage.run_dir for stage in stages])
         for stage in stages:
             _complete(stage)
@@ -125,7 +125,7 @@ def _run(cfg: DictConfig, folder: Path) -> Result:
 
 def _fit_and_test(cfg: DictConfig, folder: Path) -> Result:
     datamodule, module = data_and_module(cfg)
-    ckpt_path = _checkpoint(cfg.ckpt_path, module)
+    ckpt_path = checkpoint_of(cfg.ckpt_path, module)
     callbacks, loggers = _all_built(cfg, "callbacks", Callback), _all_built(cfg, "logger", Logger)
     trainer = built(cfg, "trainer", Trainer, callbacks=callbacks, logger=loggers)
     with _recorded(cfg, folder, trainer.loggers if trainer.is_global_zero else None) as result:
@@ -229,7 +229,7 @@ def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
             )
 
 
-def _check_sharding(cfg: DictConfig) -> None:
+def check_sharding(cfg: DictConfig) -> None:
     """Whether the module shards itself where the trainer asks for that."""
     strategy, module = cfg.trainer.strategy, cfg.module
     if not OmegaConf.is_dict(strategy) or get_object(strategy._target_) is not ModelParallelStrategy or module is None:
@@ -482,7 +482,7 @@ def _complete(stage: DictConfig) -> None:
 # ------------------------------------------------------------------ checkpoints
 
 
-def _checkpoint(path: str | None, module: LightningModule) -> str | None:
+def checkpoint_of(path: str | None, module: LightningModule) -> str | None:
     """``path`` if it is a checkpoint of ``module``; a HastenError in one line if it is anything else."""
     if path is None:
         return None

@@ -48,6 +48,10 @@ class Classifier(Denoiser):
 def classifier():
     return Classifier()
 
+class Says(lightning.LightningModule):
+    def __init__(self, lr, widths, note):
+        raise ValueError(f"got {(lr, widths, note)}")
+
 class Plain:
     pass
 
@@ -58,6 +62,19 @@ class Breaks(lightning.LightningModule):
 number = 3
 """  # noqa: E501
 
+OTHER_KIND = """
+from pytorch_lightning import LightningModule
+
+class Base(LightningModule):
+    pass
+
+class Net(Base):
+    pass
+
+def net():
+    return Net()
+"""
+
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
@@ -66,8 +83,9 @@ def _own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "their_own.py").write_text(STRANGER)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    (tmp_path / "other_kind.py").write_text(OTHER_KIND)
     yield
-    for name in ("their_own", "attached_their_own", "attached_broken"):
+    for name in ("their_own", "other_kind", "attached_their_own", "attached_broken"):
         sys.modules.pop(name, None)
 
 
@@ -94,7 +112,35 @@ def test_a_denoiser_hears_of_every_callback_whether_it_fits_and_how_or_why_not(c
         with pytest.raises(HastenError) as said:
             callback.setup(lightning.Trainer(accelerator="cpu", logger=False, barebones=True), module, "fit")
         assert rows[name] == ("refuses", str(said.value))
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["broken.py", "their_own.py"]
+    assert sorted(path.stem for path in tmp_path.iterdir() if path.suffix) == ["broken", "other_kind", "their_own"]
+
+
+def test_what_refuses_only_when_the_fit_starts_refuses_here():
+    module, data = made("their_own:Denoiser", {"width": 4}), Digits()
+    said = {name: tried(name, module, data).refusal for name in ("EvaluateDistilled", "MagnitudeProbe", "TokenMerging")}
+    assert said["EvaluateDistilled"].startswith("evaluate_distilled: ") and "synthetic" in said["EvaluateDistilled"]
+    assert said["MagnitudeProbe"].startswith("magnitude_probe: ") and "hypernetize" in said["MagnitudeProbe"]
+    assert said["TokenMerging"].startswith("token_merging: ") and "VisionTransformer" in said["TokenMerging"]
+
+
+def test_the_table_says_that_it_knows_only_what_setup_can_tell(capsys):
+    assert main(["attach", "their_own:Denoiser", "width=4"]) == 0
+    printed = capsys.readouterr().out
+    assert _rows(printed)["Distillation"][0] == "fits"  # though a denoiser gives no logits, which a fit finds out
+    assert "hasten.callbacks, as far as their setup can tell: " in printed
+    assert "may still refuse in the first batch" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["lr=1e-3", "widths=[32,1_000]", "note='a=b, c'"], (0.001, [32, 1000], "a=b, c")),
+        (["lr=1E5", "widths={a: [null, true]}", "note=null"], (100_000.0, {"a": [None, True]}, None)),
+    ],
+)
+def test_words_mean_what_they_mean_in_a_run(words, given, capsys):
+    assert main(["attach", "their_own:Says", *words]) == 1
+    assert capsys.readouterr().err.endswith(f"ValueError: got {given}\n")
 
 
 def test_a_vit_is_found_and_merges_whatever_its_module_builds_later(capsys):
@@ -190,9 +236,16 @@ def test_a_callback_that_cannot_be_made_is_named():
         (["their_own:Denoiser"], "missing a required argument: 'width'; give key=value of: width, lr=0.1"),
         (["their_own:Denoiser", "width=4", "wide=1"], "got an unexpected keyword argument 'wide'"),
         (["their_own:Denoiser", "width"], "expected key=value, got 'width'"),
-        (["their_own:Denoiser", "width=[1"], "width: expected a value in YAML"),
+        (["their_own:Denoiser", "width=[1"], "width: expected a value as in a run, got '[1'"),
+        (["their_own:Denoiser", "width=1,2"], "width: expected one value, got '1,2'; write a list as width=[1,2]"),
         (["their_own:Breaks"], "cannot be made: ValueError: no file"),
-        (["their_own:Net", "width=2"], "expected a LightningModule, got a class derived from Module"),
+        (["their_own:Net", "width=2"], "expected a LightningModule, got a class derived from torch.nn.modules."),
+        (
+            ["other_kind:Base"],
+            "derived from pytorch_lightning.core.module.LightningModule; import lightning, not pytorch",
+        ),
+        (["other_kind:Net"], "derived from other_kind.Base; import lightning, not pytorch_lightning"),
+        (["other_kind:net"], "got a Net, a class derived from other_kind.Base; import lightning, not pytorch"),
         (["their_own:Denoiser", "--trained"], "see hasten attach --help"),
     ],
 )

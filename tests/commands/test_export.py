@@ -208,6 +208,86 @@ def test_distilled_images_are_copied_with_a_card(tmp_path, monkeypatch):
         assert scope["distilled"].images.unique().item() == value
 
 
+def _with(result, tmp_path, **sections):
+    """A copy of a run in whose config.yaml these keys of sections are others; data with a target, the whole section."""
+    shutil.copytree(result.folder, tmp_path / "run")
+    path = tmp_path / "run/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for section, keys in sections.items():
+        config[section] = keys if "_target_" in keys else config[section] | keys
+    path.write_text(yaml.safe_dump(config))
+    return tmp_path / "run"
+
+
+def _normalisation(run):
+    """What timm is told of it, and the card."""
+    assert main(["export", str(run)]) == 0
+    written = json.loads((run / "export/config.json").read_text())["pretrained_cfg"]
+    return {key: written[key] for key in ("mean", "std") if key in written}, (run / "export/README.md").read_text()
+
+
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+_SUBSET = {"_target_": "hasten.datamodules.ImageNetSubset", "subset": [0, "n02102040"]}
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"mean": 0.1, "std": [0.3]}, {"mean": [0.1], "std": [0.3]}),
+        ({"mean": 0.25}, {"mean": [0.25], "std": [0.5]}),
+        ({"zca": True}, {"mean": [0.0], "std": [1.0]}),
+    ],
+    ids=["named", "one named", "whitened"],
+)
+def test_timm_normalises_as_the_run_did(data, wanted, trained, tmp_path):
+    found, card = _normalisation(_with(trained("vit_digits"), tmp_path, data=data))
+    assert found == wanted
+    assert ("whitened (ZCA), which config.json cannot say" in card) == ("zca" in data)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ({}, _IMAGENET),
+        ({"mean": None, "std": None}, _IMAGENET),
+        ({"mean": [0.1, 0.2, 0.3], "std": None}, {"mean": [0.1, 0.2, 0.3], "std": _IMAGENET["std"]}),
+    ],
+    ids=["nothing named", "null", "one named"],
+)
+def test_what_stands_for_null_is_asked_of_the_datamodule(words, wanted, trained, tmp_path):
+    for wnid in ("n01440764", "n02102040"):
+        (tmp_path / "images/train" / wnid).mkdir(parents=True)
+    data = _SUBSET | {"root": str(tmp_path / "images")} | words
+    run = _with(trained("vit_digits"), tmp_path, image={"channels": 3}, data=data)
+    assert _normalisation(run)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (_SUBSET | {"mean": 0.1, "std": [0.2, 0.3, 0.4]}, {"mean": [0.1] * 3, "std": [0.2, 0.3, 0.4]}),
+        ({"_target_": "hasten.datamodules.ImageFolder", "std": 0.2}, {"mean": [0.5] * 3, "std": [0.2] * 3}),
+        (_SUBSET, {}),
+        ({"_target_": "hasten.datamodules.ImageFolder", "zca": True}, {}),
+        ({"_target_": "their.Images"}, {}),
+    ],
+    ids=["named", "default", "in its code", "whitened", "someone's own"],
+)
+def test_without_the_files_of_its_data_it_writes_what_is_named_and_guesses_nothing(data, wanted, trained, tmp_path):
+    data = data | {"root": "gone", "image_size": 16}
+    found, card = _normalisation(_with(trained("vit_digits"), tmp_path, image={"channels": 3}, data=data))
+    assert found == wanted
+    assert ("Config.json has no mean and std" in card) == (not wanted)
+
+
+def test_a_denoiser_is_tagged_by_whether_it_is_asked_for_a_class(trained, tmp_path):
+    for num_classes, tag in ((10, "class-conditional-image-generation"), (None, "unconditional-image-generation")):
+        run = _with(trained("speed_digits"), tmp_path / tag, module={"num_classes": num_classes})
+        assert main(["export", str(run)]) == 0
+        tags = _front((run / "export/README.md").read_text())["tags"]
+        assert [name for name in tags if name.endswith("generation")] == [tag]
+
+
 # ------------------------------------------------------------------ what goes wrong
 
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from hasten import registry
 from hasten.cli import main
 
@@ -51,15 +53,25 @@ def test_nothing_found_is_one_line_with_the_nearest_names(capsys):
 def test_a_flag_is_no_word_to_look_for(capsys):
     assert main(["list", "--all"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hasten: list: expected words to look for, got '--all'")
+    assert line == "hasten: list: unrecognized arguments: --all; see hasten list --help"
 
 
-def test_looking_for_a_word_imports_nothing_heavy():
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_says_what_it_takes(flag, capsys):
+    assert "usage: hasten list [-h] [WORD ...]" in _printed(capsys, flag)
+
+
+@pytest.mark.parametrize("word", ["speed", "--help"])
+def test_python_m_hasten_answers_without_importing_anything_heavy(word):
     code = """
-import sys
-from hasten.cli import main
-assert main(["list", "speed"]) == 0
-assert not {"torch", "lightning", "hydra", "numpy"} & set(sys.modules)
+import runpy, sys
+try:
+    runpy.run_module("hasten", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print("code:", end.code)
+print("heavy:", sorted({"torch", "lightning", "hydra", "numpy"} & set(sys.modules)))
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60, capture_output=True)
+    words = [sys.executable, "-c", code, "list", word]
+    done = subprocess.run(words, env=environment, timeout=60, capture_output=True, text=True)
+    assert done.stdout.endswith("code: 0\nheavy: []\n"), done.stdout + done.stderr

@@ -133,6 +133,13 @@ def test_a_folder_that_is_missing_is_said_and_nothing_written(clone, capsys):
     assert _texts(clone) == before
 
 
+def test_help_says_what_it_takes_and_writes_nothing(clone, capsys):
+    before = _texts(clone)
+    assert main(["new", "edge_noise", "--help"]) == 0
+    assert "usage: hasten new [--family FAMILY] [-h] [METHOD]" in capsys.readouterr().out
+    assert _texts(clone) == before
+
+
 def test_without_a_clone_it_says_that_it_needs_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["new", "edge_noise"]) == 1

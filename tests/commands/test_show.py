@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from hasten.cli import main
@@ -37,6 +38,11 @@ def test_every_value_names_the_file_that_set_it_last():
     assert not any(key.startswith(("hydra.", "defaults")) for key in sources)
 
 
+def test_what_is_deleted_comes_from_no_command_line():
+    words = ["experiment=edf_digits", "~callbacks.skip_guard", "~optimizer.weight_decay"]
+    assert "command line" not in value_sources(words).values()
+
+
 # of each kind one
 @pytest.mark.parametrize("name", ["speed_cifar10_cfg", "pad_digits", "mip_segmentation_digits", "rmeeto_digits"])
 def test_the_sources_of_an_experiment_are_files_that_hold_its_values(name):
@@ -63,8 +69,9 @@ def test_it_prints_yaml_that_composes_to_the_same(capsys):
     assert yaml.safe_load(printed) == {key: composed[key] for key in composed if key not in ("experiment", "overrides")}
     lines = printed.splitlines()
     assert lines[0] == "# python train.py experiment=speed_digits seed=3"
+    (seed,) = [line for line in lines if line.startswith("seed:")]  # data.seed stands further in
+    assert seed.split("  # ") == [f"{'seed: 3':<60}", "command line"]
     found = {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines}
-    assert found["seed"].startswith(("command line", "data/digits.yaml"))
     assert found["sample_steps"] == "experiment/speed_digits.yaml"
     assert found["data_var"] == "model/unet_skip.yaml: 0.717"  # what ${image.mean_square} stands for
 
@@ -75,6 +82,11 @@ def test_without_further_words_it_tells_the_cost_and_what_is_written(capsys):
     assert "\nclassify_digits\n  parameters    10,986\n" in printed
     assert "checkpoints/best.ckpt  1" in printed
     assert list(Path().iterdir()) == []
+
+
+def test_one_process_of_several_prints_it(capsys, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert _printed(capsys, "classify_digits", *compose(["experiment=classify_digits"]).tiny) == ""
 
 
 def test_what_is_yet_to_be_given_is_shown(capsys):
@@ -96,6 +108,7 @@ def test_an_experiment_of_a_folder_of_ones_own_is_shown(capsys, tmp_path):
     [
         (["speed_digit"], "experiment: there is no 'speed_digit'; did you mean 'speed_digits'?"),
         (["speed_digits", "sead=3"], "sead: there is no such key; did you mean 'seed'?"),
+        (["classify_digits", "+modle=unet"], "modle: nothing here reads this key; did you mean 'module'?"),
         (["classify_digits", "optimizer.lr=high"], "optimizer.lr: expected float"),
         (
             ["speed_digits", "edf_digits"],

@@ -4,7 +4,6 @@ There is no list of rules here: every public callback is made with its defaults,
 makes it, set up against the module on the CPU as at the start of a fit, and sent away again. Nothing is trained.
 """
 
-import argparse
 import ast
 import copy
 import doctest
@@ -19,10 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from hasten.commands import _words
 from hasten.errors import HastenError, did_you_mean, on_one_line
 
 if TYPE_CHECKING:
@@ -45,27 +43,23 @@ class Verdict:
 
 def main(words: Sequence[str]) -> int:
     """Try every callback on the module that ``words`` name, and print a line for each."""
-    parser = argparse.ArgumentParser(
-        prog="hasten attach",
-        description="Which of hasten's callbacks fit a LightningModule of yours, and how to attach them.",
+    parser = _words.parser(
+        "attach",
+        "Which of hasten's callbacks fit a LightningModule of yours, and how to attach them.",
         epilog="example: hasten attach train.py:Denoiser channels=3 widths=[32,64]",
-        add_help=False,
     )
-    parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
     parser.add_argument(
         "module", nargs="?", metavar="module:Class", help="or file.py:Class, or :function that makes one"
     )
-    parser.add_argument("arguments", nargs="*", metavar="key=value", help="of its constructor, as YAML")
-    parser.add_argument("-h", "--help", action="store_true", help="this")
-    parsed = parser.parse_intermixed_args(words)
-    if parsed.help:
-        parser.print_help()
+    parser.add_argument("arguments", nargs="*", metavar="key=value", help="of its constructor, as in a run")
+    asked = _words.parsed(parser, words)
+    if asked is None:
         return 0
-    if not parsed.module:
+    if not asked.module:
         raise HastenError(
             "attach: expected module:Class or file.py:Class, got nothing; try: hasten attach train.py:Net"
         )
-    module = made(parsed.module, _arguments(parsed.arguments))
+    module = made(asked.module, _arguments(asked.arguments))
     with _quiet():
         data = _stand_in()
         verdicts = [tried(name, module, data) for name in public_callbacks()]
@@ -92,8 +86,7 @@ def made(name: str, arguments: dict[str, Any]) -> "LightningModule":
             raise HastenError(f"attach: {source} has no {attribute!r}{did_you_mean(part, offered)}")
         found = getattr(found, part)
     if isinstance(found, type) and not issubclass(found, LightningModule):
-        bases = ", ".join(base.__name__ for base in found.__bases__)
-        raise HastenError(f"attach: {name}: expected a LightningModule, got a class derived from {bases}")
+        raise HastenError(f"attach: {name}: expected a LightningModule, got {_described(found)}")
     if not callable(found):
         raise HastenError(f"attach: {name}: expected a class or a function, got {type(found).__name__}")
     try:
@@ -106,7 +99,9 @@ def made(name: str, arguments: dict[str, Any]) -> "LightningModule":
     except Exception as error:  # whatever someone's constructor raises
         raise HastenError(f"attach: {name}: cannot be made: {type(error).__name__}: {on_one_line(error)}") from error
     if not isinstance(module, LightningModule):
-        raise HastenError(f"attach: {name}: expected a LightningModule, got {type(module).__name__}")
+        raise HastenError(
+            f"attach: {name}: expected a LightningModule, got a {type(module).__name__}, {_described(type(module))}"
+        )
     return module
 
 
@@ -197,15 +192,22 @@ def tried(name: str, module: "LightningModule", data: "LightningDataModule") -> 
 
 
 def _arguments(words: Sequence[str]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
+    """What key=value means in a run: Hydra's grammar, without its groups and sweeps."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415 - help needs none
+    from hydra.errors import HydraException  # noqa: PLC0415
+
+    parser, arguments = OverridesParser.create(), {}
     for word in words:
         key, equals, text = word.partition("=")
         if not (equals and key.isidentifier()):
             raise HastenError(f"attach: expected key=value, got {word!r}")
         try:
-            arguments[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise HastenError(f"attach: {key}: expected a value in YAML, got {text!r}") from error
+            override = parser.parse_override(word)
+        except HydraException as error:
+            raise HastenError(f"attach: {key}: expected a value as in a run, got {text!r}") from error
+        if override.is_sweep_override():
+            raise HastenError(f"attach: {key}: expected one value, got {text!r}; write a list as {key}=[{text}]")
+        arguments[key] = override.value()
     return arguments
 
 
@@ -231,6 +233,13 @@ def _imported(source: str) -> Any:
     except (Exception, SystemExit) as error:  # whatever stands at the top of someone's file
         said = on_one_line(error) or "it exits"
         raise HastenError(f"attach: cannot import {source!r}: {type(error).__name__}: {said}") from error
+
+
+def _described(kind: type) -> str:
+    """A class that is no LightningModule, by what it derives from; and the remedy where that is one of another name."""
+    bases = ", ".join(f"{base.__module__}.{base.__name__}".removeprefix("builtins.") for base in kind.__bases__)
+    others = any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in kind.__mro__)
+    return f"a class derived from {bases}{'; import lightning, not pytorch_lightning' if others else ''}"
 
 
 def _is_own(value: Any, module: Any) -> bool:
@@ -306,11 +315,11 @@ def _print(
     later = [name for name in ("setup", "configure_model") if _is_theirs(module, name)]
     if later:
         print(f"  was not asked for what it builds in {' and '.join(later)}: callbacks that look for it refuse here")
-    _print_verdicts("hasten.callbacks: lightning.Trainer(callbacks=[...])", callbacks)
+    _print_verdicts("hasten.callbacks, as far as their setup can tell: lightning.Trainer(callbacks=[...])", callbacks)
     _print_verdicts("hasten.nn: without Lightning", ways)
     print(
         "\nNothing was trained. What asks for data was shown scikit-learn's digits: give fit() a datamodule of yours.\n"
-        "What fits may still refuse in the first batch, where your training step takes another way; it says which."
+        "What fits may still refuse in the first batch, which shows what your step takes and gives; it says why."
     )
 
 
@@ -342,7 +351,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise HastenError(f"attach: {message}; see hasten attach --help")

@@ -1,6 +1,5 @@
 """``hasten compare DIR...``: run folders as one table, mean ± sd over seeds, and their curves."""
 
-import argparse
 import csv
 import json
 import math
@@ -9,8 +8,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from hasten.commands import _words
 from hasten.errors import HastenError, did_you_mean
 from hasten.run_folders import config_of, is_alive, result_of
 
@@ -64,27 +64,22 @@ class Group:
 
 def main(words: Sequence[str]) -> int:
     """Compare the runs that ``words`` name: print the table, and write compare.md, compare.csv and compare.png."""
-    parser = argparse.ArgumentParser(
-        prog="hasten compare", description="A table of runs, mean ± sd over seeds, and their curves.", add_help=False
-    )
-    parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
+    parser = _words.parser("compare", "A table of runs, mean ± sd over seeds, and their curves.")
     parser.add_argument("folders", nargs="*", metavar="DIR", help="a run folder, or a folder of them")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: next to the runs")
     parser.add_argument("--metrics", metavar="A,B", help="columns of the table; default: the objective and test/...")
-    parser.add_argument("-h", "--help", action="store_true", help="this")
-    parsed = parser.parse_intermixed_args(words)
-    if parsed.help:
-        parser.print_help()
+    asked = _words.parsed(parser, words)
+    if asked is None:
         return 0
-    if not parsed.folders:
+    if not asked.folders:
         raise HastenError("compare: expected run folders, got none; try: hasten compare runs/EXPERIMENT")
-    runs, left_out = read_runs(map(Path, parsed.folders))
+    runs, left_out = read_runs(map(Path, asked.folders))
     if not runs:
         said = "".join(f"\n{folder}: left out: {why}" for folder, why in left_out.items())
-        raise HastenError(f"compare: expected runs that are complete, found none in {' '.join(parsed.folders)}{said}")
+        raise HastenError(f"compare: expected runs that are complete, found none in {' '.join(asked.folders)}{said}")
     groups = grouped(runs)
-    metrics = _columns(runs, parsed.metrics)
-    out = parsed.out or Path(os.path.commonpath([run.folder.parent for run in runs]))
+    metrics = _columns(runs, asked.metrics)
+    out = asked.out or Path(os.path.commonpath([run.folder.parent for run in runs]))
     _print(groups, metrics, left_out)
     _write(out, groups, metrics, left_out)
     for name in ("compare.md", "compare.csv", "compare.png"):
@@ -295,7 +290,3 @@ def _plot(curves: Mapping[str, Mapping[str, list[dict[int, float]]]], path: Path
         axes.set(xlabel="step", title=metric)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise HastenError(f"compare: {message}; see hasten compare --help")

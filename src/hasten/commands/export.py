@@ -5,8 +5,8 @@ checkpoint. Its kind decides the form: a model that timm has registered, one of 
 beside the node of the config that builds it. A run that distilled images is exported as these.
 """
 
-import argparse
 import copy
+import inspect
 import json
 import shlex
 import shutil
@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hasten import registry
+from hasten.commands import _words
 from hasten.errors import HastenError, did_you_mean, on_one_line
 from hasten.run_folders import config_of, result_of, resumes_by_files
 
@@ -46,24 +47,16 @@ class Exported:
 
 def main(words: Sequence[str]) -> int:
     """Export the run that ``words`` name, and print what was written and how to load it."""
-    parser = argparse.ArgumentParser(
-        prog="hasten export",
-        description="A run's weights, config and card, in a form that timm or diffusers loads.",
-        add_help=False,
-    )
-    parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
+    parser = _words.parser("export", "A run's weights, config and card, in a form that timm or diffusers loads.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: RUN/export")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last where there is no best")
-    parser.add_argument("-h", "--help", action="store_true", help="this")
-    parsed = parser.parse_intermixed_args(words)
-    if parsed.help:
-        parser.print_help()
+    asked = _words.parsed(parser, words)
+    if asked is None:
         return 0
-    if parsed.run is None:
+    if asked.run is None:
         raise HastenError("export: expected a run folder, got nothing; try: hasten export runs/EXPERIMENT/TIME_SEED")
-    out = parsed.out or parsed.run / "export"
-    export(parsed.run, out, parsed.checkpoint)
+    export(asked.run, asked.out or asked.run / "export", asked.checkpoint)
     return 0
 
 
@@ -208,19 +201,13 @@ def _for_timm(model: "nn.Module", node: Mapping[str, Any], config: Mapping[str, 
     name = _VIM if is_vim else str(node.get("model_name", "")).partition(".")[0]
     if not timm.is_model(name):
         return None
-    data = config.get("data") or {}
     image = config.get("image") or {}
     channels, size = image.get("channels", arguments.get("in_chans", 3)), image.get("size", arguments.get("img_size"))
-
-    def by_channel(key: str) -> list[float]:
-        value = data.get(key, 0.5)
-        return list(value) if isinstance(value, list) else [float(value)] * channels
-
+    normalisation, remarks = _normalisation(config.get("data") or {}, channels)
     pretrained = {
         "input_size": [channels, size, size],
         "fixed_input_size": bool(known.get("fixed_input_size", is_vim)),
-        "mean": by_channel("mean"),
-        "std": by_channel("std"),
+        **normalisation,
         "crop_pct": 1.0,
         "classifier": "head" if is_vim else known.get("classifier"),
     }
@@ -240,7 +227,6 @@ def _for_timm(model: "nn.Module", node: Mapping[str, Any], config: Mapping[str, 
             "import timm\n\nimport hasten.nn  # registers Vision Mamba\n\n"
             'model = timm.create_model("local-dir:FOLDER", checkpoint_path="FOLDER/model.safetensors")'
         )
-    remarks = ["its images were whitened (ZCA), which config.json cannot say"] if data.get("zca") else []
     callbacks = [node for node in (config.get("callbacks") or {}).values() if isinstance(node, dict)]
     for node in callbacks:
         if node.get("_target_") == "hasten.callbacks.TokenMerging" and node.get("when") != "train":
@@ -249,6 +235,44 @@ def _for_timm(model: "nn.Module", node: Mapping[str, Any], config: Mapping[str, 
                 f"with hasten.callbacks.TokenMerging.attach(model, r={node.get('r')}) it merges"
             )
     return Exported("timm", "image-classification", load, tuple(remarks))
+
+
+def _normalisation(node: Mapping[str, Any], channels: int) -> tuple[dict[str, list[float]], list[str]]:
+    """``mean`` and ``std`` by channel of the data that ``node`` describes, where they can be known, and remarks."""
+    from omegaconf import OmegaConf  # noqa: PLC0415 - as above
+
+    from hasten.check import build  # noqa: PLC0415
+    from hasten.formats import PixelRange  # noqa: PLC0415
+
+    remarks = ["its images were whitened (ZCA), which config.json cannot say"] if node.get("zca") else []
+    try:
+        # made, not read: what stands for null is in its code
+        data = build(OmegaConf.create({"data": dict(node)}), "data")
+        pixels = getattr(data, "unwhitened", None) or getattr(data, "pixels", None)
+    except HastenError:  # its files are elsewhere by now
+        pixels = None
+    if isinstance(pixels, PixelRange):
+        # float32 has no seventh digit
+        lists = {key: [round(x, 6) for x in getattr(pixels, key).flatten().tolist()] for key in ("mean", "std")}
+    else:
+        named = {} if node.get("zca") else _named(node)
+        lists = {key: value if isinstance(value, list) else [float(value)] for key, value in named.items()}
+    if not lists:
+        remarks.append("config.json has no mean and std, where timm takes ImageNet's: the data cannot be asked here")
+    return {key: value * (channels if len(value) == 1 else 1) for key, value in lists.items()}, remarks
+
+
+def _named(node: Mapping[str, Any]) -> dict[str, Any]:
+    """``mean`` and ``std`` as a datamodule's node or else its constructor names them; nothing where one is missing."""
+    from hydra.utils import get_object  # noqa: PLC0415 - as above
+
+    try:
+        parameters = inspect.signature(get_object(str(node.get("_target_")))).parameters
+    except Exception:  # someone's own, which is not here
+        parameters = {}
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    values = {key: node.get(key, defaults.get(key)) for key in ("mean", "std")}
+    return values if all(isinstance(value, (int, float, list)) for value in values.values()) else {}
 
 
 def _for_diffusers(
@@ -295,7 +319,8 @@ def _for_diffusers(
         remarks.append(
             "call it with class_labels of zeros, which diffusers' class wants; it was trained without labels"
         )
-    return Exported("diffusers", "unconditional-image-generation", load, tuple(remarks))
+    kind_of_task = "unconditional" if module.get("num_classes") is None else "class-conditional"
+    return Exported("diffusers", f"{kind_of_task}-image-generation", load, tuple(remarks))
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:
@@ -383,16 +408,17 @@ def _card(config: Mapping[str, Any], result: Mapping[str, Any], source: str, exp
     command = shlex.join(["python", "train.py", *map(str, config.get("overrides", []))])
     versions = ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items())
     parts.append(f"## How it was made\n\n    {command}\n\nSeed {config.get('seed')}; {versions or 'versions unknown'}.")
-    cited = [f"{card.front['paper']}\n\n{_citation(card)}".strip() for card in methods]
+    cited = [_cited(card, experiment) for card in methods]
     if cited:
         parts.append("## Citation\n\n" + "\n\n".join(cited))
     return "\n\n".join(parts) + "\n"
 
 
-def _citation(card: registry.Card) -> str:
-    """The BibTeX of a method's card."""
+def _cited(card: registry.Card, experiment: str) -> str:
+    """The paper of what ran, with its BibTeX where that is the card's own."""
+    paper = card.paper_of(experiment)
     _, _, citation = card.text.partition("## Citation\n")
-    return citation.strip()
+    return f"{paper}\n\n{citation}".strip() if paper == card.front["paper"] else paper
 
 
 # ------------------------------------------------------------------ output
@@ -414,7 +440,3 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         raise HastenError(f"export: cannot write {str(out)!r}: {on_one_line(error.strerror or error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise HastenError(f"export: {message}; see hasten export --help")

@@ -4,13 +4,20 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 from hasten import registry
+from hasten.commands import _words
 from hasten.errors import HastenError
 
 
 def main(words: Sequence[str]) -> int:
     """Print methods, tools, experiments and data; or whatever has all of ``words`` in its name or its summary."""
-    if any(word.startswith("-") for word in words):
-        raise HastenError(f"list: expected words to look for, got {' '.join(words)!r}; try: hasten list diffusion")
+    parser = _words.parser("list", "Methods, tools, experiments and data; or all that has to do with some words.")
+    parser.add_argument(
+        "words", nargs="*", metavar="WORD", help="to look for in names and summaries; all must be there"
+    )
+    asked = _words.parsed(parser, words)
+    if asked is None:
+        return 0
+    words = asked.words
     sections = _all() if words else _main()
     found = {title: _holding(words, lines) for title, lines in sections.items()}
     if not any(found.values()):

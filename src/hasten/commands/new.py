@@ -4,7 +4,6 @@ What is written is a whole method that does next to nothing: it composes, trains
 those that ask for content. Each place that owes some is marked, and tests/contract/test_owed.py fails until it is done.
 """
 
-import argparse
 import ast
 import importlib.util
 import keyword
@@ -13,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn
 
+from hasten.commands import _words
 from hasten.errors import HastenError
 
 _MARK = "OWED"
@@ -22,23 +21,18 @@ _MARK = "OWED"
 
 def main(words: Sequence[str]) -> int:
     """Write the files of the method that ``words`` name, and print them with what is owed."""
-    parser = argparse.ArgumentParser(
-        prog="hasten new",
-        description="In a clone of hasten: the files of a new method, from a template, and what is owed in each.",
-        add_help=False,
+    parser = _words.parser(
+        "new", "In a clone of hasten: the files of a new method, from a template, and what is owed in each."
     )
-    parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
     parser.add_argument("name", nargs="?", metavar="METHOD", help="words in small letters, joined by _: edge_noise")
     parser.add_argument("--family", metavar="FAMILY", help="the file of functional/ it belongs to; default: its own")
-    parser.add_argument("-h", "--help", action="store_true", help="this")
-    parsed = parser.parse_intermixed_args(words)
-    if parsed.help:
-        parser.print_help()
+    asked = _words.parsed(parser, words)
+    if asked is None:
         return 0
-    if not parsed.name:
+    if not asked.name:
         raise HastenError("new: expected the name of a method, got nothing; try: hasten new edge_noise")
     root = _clone()
-    written = method_files(root, parsed.name, parsed.family or parsed.name)
+    written = method_files(root, asked.name, asked.family or asked.name)
     changed = [path for path in written if (root / path).exists()]
     _write(root, written)
     width = max(len(str(path)) for path in written)
@@ -47,7 +41,7 @@ def main(words: Sequence[str]) -> int:
         said = f"{'changed' if path in changed else 'wrote  '}  {path!s:<{width}}"
         print(f"  {said}  owes {owed}" if owed else f"  {said.rstrip()}")
     print(
-        f"\nIt runs, and does next to nothing: python train.py experiment={parsed.name}_digits\n"
+        f"\nIt runs, and does next to nothing: python train.py experiment={asked.name}_digits\n"
         f"What it owes is marked {_MARK} in the files; pytest tests/contract/test_owed.py names every place.\n"
         "Then benchmarks/results, and `make pages` for README.md and benchmarks/README.md; CONTRIBUTING.md says more."
     )
@@ -178,7 +172,3 @@ def _write(root: Path, texts: Mapping[Path, str]) -> None:
     finally:
         for path in beside.values():
             path.unlink(missing_ok=True)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise HastenError(f"new: {message}; see hasten new --help")

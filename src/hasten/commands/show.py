@@ -1,19 +1,20 @@
 """``hasten show EXPERIMENT [key=value ...]``: its composed config, where each value comes from, its cost, its files."""
 
-import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from hydra import initialize_config_module
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
-from hasten.check import check_first
+from hasten.check import check_first, check_read
+from hasten.commands import _words
 from hasten.errors import HastenError
 from hasten.estimate import as_text, estimate
 from hasten.run import compose, stages_of
@@ -25,30 +26,24 @@ _OF_THE_RUN = {"experiment", "overrides"}
 
 def main(words: Sequence[str]) -> int:
     """Print what ``words`` compose, value by value with the file that set it last, and what the run would cost here."""
-    parser = argparse.ArgumentParser(
-        prog="hasten show",
-        description="The composed config, where its values come from, its cost.",
-        add_help=False,
-    )
-    parser.error = _refuse  # type: ignore[method-assign] # argparse prints its usage and exits with 2
+    parser = _words.parser("show", "The composed config, where its values come from, its cost.")
     parser.add_argument("words", nargs="*", metavar="EXPERIMENT [key=value ...]", help="as for python train.py")
     parser.add_argument("--no-cost", action="store_true", help="the config alone; no steps are timed")
-    parser.add_argument("-h", "--help", action="store_true", help="this")
-    parsed = parser.parse_intermixed_args(words)
-    if parsed.help:
-        parser.print_help()
+    asked = _words.parsed(parser, words)
+    if asked is None:
         return 0
-    overrides = _overrides(parsed.words)
+    overrides = _overrides(asked.words)
     cfg = compose(overrides)
+    check_read(cfg, overrides)
     check_first(cfg)
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(f"# python train.py {' '.join(overrides)}", style="dim")
+    say = rank_zero_only(Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print)
+    say(f"# python train.py {' '.join(overrides)}", style="dim")
     for line, comment in _lines(cfg, _as_in_a_run(cfg), value_sources(overrides)):
         text = Text(f"{line:<{_COLUMN}}" if comment else line)
-        console.print(text.append(f"  # {comment}", style="dim") if comment else text)
-    if not parsed.no_cost:
+        say(text.append(f"  # {comment}", style="dim") if comment else text)
+    if not asked.no_cost:
         costs = as_text(estimate(cfg))
-        console.print(f"\n{costs}")
+        say(f"\n{costs}")
     return 0
 
 
@@ -141,7 +136,3 @@ def _stands_for(value: Any, there: DictConfig, key: str) -> str:
     except OmegaConfBaseException:  # of what is yet to be given
         return ""
     return "" if OmegaConf.is_config(found) else f": {found}"
-
-
-def _refuse(message: str) -> NoReturn:
-    raise HastenError(f"show: {message}; see hasten show --help")
