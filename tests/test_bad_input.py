@@ -337,6 +337,7 @@ SINGLE = {
         ("trainer.strategy=ddpp", "trainer"),
         ("trainer.precision=bananas", "trainer.precision"),
         ("precision=bf15", "precision"),
+        ("precision=16-true", "precision"),
         ("trainer.max_epochs=-5", "trainer"),
         ("trainer.max_steps=0", "trainer.max_steps"),
         ("trainer.limit_train_batches=0", "trainer.limit_train_batches"),

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from hasten.errors import HastenError, did_you_mean, on_one_line
 from hasten.optim import configure_optimizers
 
-_PRECISIONS = Literal["32-true", "32", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", 16, 32, 64]
+# not 16-true: there Adam's eps of 1e-8 is 0, and the weights become NaN without a word
+_PRECISIONS = Literal["32-true", "32", "16-mixed", "bf16-mixed", "bf16-true", "64-true", 16, 32, 64]
 _FRAME: dict[str, Any] = {
     "seed": int,
     "run_dir": str | None,
