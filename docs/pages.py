@@ -1,7 +1,7 @@
 """Writes the table of methods in README.md, and benchmarks/README.md: `make pages`, after a card or result has changed.
 
 What they say comes from the front matter of the cards and from benchmarks/results/*.json alone; tests/test_pages.py
-holds them to it.
+holds them to it. docs/_pages is not written here: conf.py does that at each build.
 """
 
 import ast

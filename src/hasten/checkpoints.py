@@ -1,4 +1,8 @@
-"""Checkpoints that are whole or not there, and fits that end where they can go on when they are asked to end."""
+"""Checkpoints that are whole or not there, and fits that end where they can go on when they are asked to end.
+
+``Interruptible`` is no part of ``hasten.callbacks``: it knows the run's folder and its ``MetricsFile``, and puts both
+right where a fit goes on.
+"""
 
 import os
 import signal

@@ -405,14 +405,14 @@ def _in_one_line(error: Exception, words: list[str]) -> Exception:
     if match := re.match(r"Multiple values for (\S+)\.|(\S+) appears more than once", said):
         group = match[1] or match[2]
         return HastenError(f"{group}: expected one option, got several; write {group}=NAME without the +")
-    if "Config group override must be a string" in str(error):
+    if "Config group override must be a string" in said:
         word = next((word for word in words if word.endswith("=null")), words[-1])
         group = word.partition("=")[0]
         options = registry.group(group) if group in registry.groups() else []
         return HastenError(f"{word}: expected an option{did_you_mean('', options)}")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return HastenError(f"{max(words, key=len)[:80]}...: expected the name of an option, too long for one")
-    if match := re.search(r"Could not override '([^']+)'", str(error)):
+    if match := re.search(r"Could not override '([^']+)'", said):
         return HastenError(_no_such_key(match[1].lstrip("+~"), words))
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         cause = error.__cause__ or error

@@ -360,7 +360,10 @@ def _recorded(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] | None) -
 def _in_our_words(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
     """Lightning's complaints about a set-up as HastenError, and its ways to end when asked to as Stopped."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    asked = lambda: next((c.asked for c in callbacks if isinstance(c, Interruptible) and c.asked), None)  # noqa: E731
+
+    def asked() -> int | None:
+        return next((c.asked for c in callbacks if isinstance(c, Interruptible) and c.asked), None)
+
     try:
         yield
     except SIGTERMException as error:
@@ -414,8 +417,8 @@ def stages_of(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
     """The configs of everything ``cfg.first`` names, deepest first; writes their folders into ``cfg.stages``.
 
     A stage is its experiment as it stands (``name``) or in its tiny form (``name:tiny``), with the seed, the data and
-    the accelerator of the run that needs it.
-    Its folder is named by a hash of that recipe, so a stage that is complete is found again.
+    the accelerator of the run that needs it. Its folder is named by a hash of that recipe, so a stage that is complete
+    is found again.
     """
     stages: list[DictConfig] = []
     for entry in cfg.first:

@@ -25,8 +25,9 @@ class ImageGrid(Callback):
 
     Each picture becomes ``<folder>/<name>_<step>.png`` and ``<folder>/<name>.png``, always the latest, and an image
     in Weights & Biases or TensorBoard where that logger is on; with ``hasten.loggers.wandb`` the last ones are an
-    artifact "pictures" too. A picture with a row for each of the datamodule's ``class_names`` has these beside it. Under EMA the averaged
-    weights draw. Training does not notice: evaluation mode, no gradients, random state as before.
+    artifact "pictures" too. A picture with a row for each of the datamodule's ``class_names`` has these beside it.
+    Under EMA the averaged weights draw. Training does not notice: evaluation mode, no gradients, random state as
+    before.
 
     Args:
         folder: where the pictures go; made if missing.

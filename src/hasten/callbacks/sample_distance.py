@@ -15,7 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from hasten.callbacks._sampling import draw, publish, sampling, unit_range
-from hasten.errors import HastenError
+from hasten.errors import HastenError, on_one_line
 from hasten.nn.protocols import GeneratesImages
 
 
@@ -222,7 +222,7 @@ def _load(model: nn.Module, path: Path) -> None:
             weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         model.load_state_dict(weights)
     except Exception as error:  # a broken or foreign file announces itself by half a dozen exceptions
-        reason = " ".join(str(error).split())
+        reason = on_one_line(error)
         raise HastenError(f"feature_net: checkpoint: {str(path)!r} does not fit the model: {reason}") from error
 
 

@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
             "attach: expected module:Class or file.py:Class, got nothing; try: hasten attach train.py:Net"
         )
     module = made(asked.module, _arguments(asked.arguments))
-    with _quiet():
+    with _silenced():
         data = _stand_in()
         verdicts = [tried(name, module, data) for name in public_callbacks()]
         parts, ways = _held(module), _ways_of_nn(module)
@@ -340,7 +340,7 @@ def _is_theirs(module: "LightningModule", name: str) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Without Lightning's lines on devices and tips, a set for each of the trainers."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level

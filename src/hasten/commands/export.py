@@ -227,12 +227,13 @@ def _for_timm(model: "nn.Module", node: Mapping[str, Any], config: Mapping[str, 
             "import timm\n\nimport hasten.nn  # registers Vision Mamba\n\n"
             'model = timm.create_model("local-dir:FOLDER", checkpoint_path="FOLDER/model.safetensors")'
         )
-    callbacks = [node for node in (config.get("callbacks") or {}).values() if isinstance(node, dict)]
-    for node in callbacks:
-        if node.get("_target_") == "hasten.callbacks.TokenMerging" and node.get("when") != "train":
+    callbacks = (config.get("callbacks") or {}).values()
+    for callback in (each for each in callbacks if isinstance(each, dict)):
+        if callback.get("_target_") == "hasten.callbacks.TokenMerging" and callback.get("when") != "train":
+            r = callback.get("r")
             remarks.append(
-                f"the run merged tokens, r = {node.get('r')}, and so did its test; this is the network without: "
-                f"with hasten.callbacks.TokenMerging.attach(model, r={node.get('r')}) it merges"
+                f"the run merged tokens, r = {r}, and so did its test; this is the network without: "
+                f"with hasten.callbacks.TokenMerging.attach(model, r={r}) it merges"
             )
     return Exported("timm", "image-classification", load, tuple(remarks))
 

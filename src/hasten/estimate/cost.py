@@ -153,7 +153,7 @@ def _short(count: int) -> str:
 
 
 def as_size(count: float) -> str:
-    """Of bytes, as a person says it: ``170 MiB``, ``41.2 GiB``."""
+    """Of bytes, as a person says it: ``170 MiB``, ``4.1 GiB``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}" if count < 10 * size else f"{count / size:.0f} {unit}"

@@ -89,9 +89,8 @@ class DistributionMatching(LightningModule):
                 "distribution_matching: model: expected a method features, (B, C, H, W) -> (B, F), got "
                 f"{type(model).__name__} without; ConvNet has it"
             )
-        self._flat = FlatModel(
-            model
-        )  # no child: what it holds is drawn at every iteration, and belongs in no checkpoint
+        # no child: what it holds is drawn at every iteration, and belongs in no checkpoint
+        self._flat = FlatModel(model)
         try:
             self._flat.check_drawable()
         except ValueError as error:
