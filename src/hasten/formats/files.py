@@ -1,4 +1,4 @@
-"""What is written to disk for others to read. Every write is whole or not there: a temporary file, then a rename."""
+"""Files that are written whole or not at all: a temporary one beside them, then a rename."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The formulas: pure functions on tensors, torch alone, no state and no hidden randomness."""
+"""The formulas: functions on tensors, on torch alone; random draws are arguments or come from a torch.Generator."""
 
 from hasten.functional.distillation import distillation_loss
 from hasten.functional.dsa import DSA_OPS, Draw, dsa, dsa_draw

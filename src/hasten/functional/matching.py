@@ -40,7 +40,7 @@ class InnerStep:
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """A matching loss and its gradients, without graph.
+    """A matching loss, and under the names of what was learned its gradients, without graph.
 
     Args:
         loss: ().

@@ -387,7 +387,7 @@ def unmerged_copy(model: nn.Module) -> Any:
         ...     unmerged_copy(vim).forward_features(torch.zeros(1, 3, 16, 16)).shape
         torch.Size([1, 17, 32])
     """
-    from hasten.nn._vit_merging import ViTMerging  # noqa: PLC0415 - imports timm, for those who merge
+    from hasten.nn._vit_merging import ViTMerging  # noqa: PLC0415 - timm's side, needed by a ViT alone
 
     copied = copy.deepcopy(model)
     for module in copied.modules():
@@ -459,7 +459,7 @@ def _verdict(module: nn.Module) -> str | None:
         return ""
     classes = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
     if _VIT in classes:
-        from hasten.nn._vit_merging import ViTMerging  # noqa: PLC0415 - imports timm, for those who merge
+        from hasten.nn._vit_merging import ViTMerging  # noqa: PLC0415 - timm's side, needed by a ViT alone
 
         return ViTMerging.refusal(cast(Any, module)) or ""
     if type(module).__name__ == "VisionMamba":
@@ -473,7 +473,7 @@ def _adapted(module: nn.Module) -> SupportsTokenMerging:
     """What merges tokens in a backbone that nothing speaks against."""
     if _merges_natively(module):
         return cast(SupportsTokenMerging, module)
-    from hasten.nn._vit_merging import ViTMerging  # noqa: PLC0415 - imports timm, for those who merge
+    from hasten.nn._vit_merging import ViTMerging  # noqa: PLC0415 - timm's side, needed by a ViT alone
 
     return ViTMerging.of(cast(Any, module))
 
