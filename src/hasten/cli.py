@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -96,8 +96,10 @@ def _dispatch(words: list[str]) -> int:
 def _help(words: list[str]) -> int:
     if words:
         raise HastenError(f"help: expected no further words, got {' '.join(words)!r}")
+    from hasten.commands.list import lines_of
+
     print(_USAGE.format(version=__version__), end="")
-    _print_lines(registry.group("experiment"))
+    print("\n".join(lines_of(registry.group("experiment"))))
     return 0
 
 
@@ -111,12 +113,6 @@ def _command(name: str, words: list[str]) -> int:
     except Exception as error:  # Hydra's own, of words that name an experiment or change its config
         composed = [word if re.search("[=~]", word) else f"experiment={word}" for word in words]
         raise _in_one_line(error, composed) from error
-
-
-def _print_lines(summaries: Mapping[str, str]) -> None:
-    width = max(map(len, summaries), default=0)
-    for name, summary in summaries.items():
-        print(f"  {name:<{width}}  {summary}")
 
 
 _COMMANDS = ("list", "show", "compare", "attach", "export", "new")

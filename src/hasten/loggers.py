@@ -1,7 +1,6 @@
 """Loggers that keep to the run folder: metrics.csv that survives a resume, and Weights & Biases without a prompt."""
 
 import csv
-import json
 import netrc
 import os
 import secrets
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hasten.errors import HastenError, on_one_line
 from hasten.formats import whole_file, write_json
+from hasten.run_folders import read_json
 
 
 class MetricsFile(CSVLogger):
@@ -151,7 +151,7 @@ class _WandbOfFolder(WandbLogger):
 
     def __init__(self, folder: Path, *, id: str | None = None, **kwargs: Any) -> None:
         self._known = folder / "wandb" / "run.json"
-        known = _read_json(self._known)
+        known = read_json(self._known)
         # not by a generator that a seed rules: two runs of one seed are two runs
         self._identity = {"id": id or known.get("id") or secrets.token_hex(4)}
         names = {"name": "/".join(folder.absolute().parts[-2:]), "group": None}
@@ -225,14 +225,6 @@ def _mode(offline: bool | None) -> tuple[str | None, str]:
             "leave the mode out to log offline"
         )
     return mode, "as asked for"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @rank_zero_only

@@ -62,11 +62,21 @@ def result_of(folder: Path) -> dict[str, Any]:
         >>> result_of(Path("no such folder"))
         {}
     """
+    return read_json(folder / "result.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of names and values holds; nothing where there is none, or no readable one.
+
+    Example:
+        >>> read_json(Path("no such file"))
+        {}
+    """
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return result if isinstance(result, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def config_of(folder: Path) -> dict[str, Any]:

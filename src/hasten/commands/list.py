@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
         near = get_close_matches(" ".join(words), {name for lines in sections.values() for name in lines}, n=3)
         meant = f"did you mean {', '.join(map(repr, near))}?" if near else "hasten list shows all of the main ones"
         raise HastenError(f"list: nothing has {' and '.join(map(repr, words))} in its name or summary; {meant}")
-    print("\n\n".join("\n".join([title, *_lines(lines)]) for title, lines in found.items() if lines))
+    print("\n\n".join("\n".join([title, *lines_of(lines)]) for title, lines in found.items() if lines))
     return 0
 
 
@@ -52,6 +52,7 @@ def _holding(words: Sequence[str], lines: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _lines(summaries: Mapping[str, str]) -> list[str]:
-    width = max(map(len, summaries))
+def lines_of(summaries: Mapping[str, str]) -> list[str]:
+    """Names with their summaries, in two columns."""
+    width = max(map(len, summaries), default=0)
     return [f"  {name:<{width}}  {summary}" for name, summary in summaries.items()]
