@@ -37,7 +37,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(path, protocol, command(__file__, arguments), fresh=options.fresh)
     done = {(row["variant"], row["optimizer"], row["seed"]) for row in results.rows}
     # seed by seed: what is finished first can be compared
-    wanted = [(variant, optimizer, seed) for seed, optimizer, variant in product(seeds, OPTIMIZERS, options.variants)]
+    variants: list[str] = options.variants
+    wanted = [(variant, optimizer, seed) for seed in seeds for optimizer in OPTIMIZERS for variant in variants]
     missing = [run for run in wanted if run not in done]
     with progress_bar() as progress:
         task = progress.add_task("runs", total=len(missing))
