@@ -4,8 +4,6 @@ The path of a run: compose -> folder -> stages named by ``first`` -> check -> bu
 ``task`` takes the place of fit and test.
 """
 
-import hashlib
-import json
 import os
 import platform
 import signal
@@ -40,7 +38,7 @@ from torch import nn
 from hasten.check import build, check, check_first
 from hasten.checkpoints import Interruptible
 from hasten.errors import HastenError, did_you_mean, on_one_line
-from hasten.formats import whole_file, write_json
+from hasten.formats import recipe_hash, whole_file, write_json
 from hasten.interruption import Stopped
 from hasten.run_folders import LAST, claimed, result_of, resumes_by_files, started_processes
 
@@ -293,16 +291,21 @@ def _go_on_or_begin(cfg: DictConfig, folder: Path) -> str | None:
     return None
 
 
+def folder_of(cfg: DictConfig, time: str = "<time>", sweep: str = "") -> Path:
+    """Where a run goes that is given no ``run_dir``: ``runs/<experiment>/<time>_<seed>[_<sweep>]``."""
+    return Path("runs", cfg.experiment, "_".join(filter(None, [time, str(cfg.seed), sweep])))
+
+
 def _new_folder(cfg: DictConfig, sweep: str) -> Path:
-    """``runs/<experiment>/<time>_<seed>[_<sweep>]``, made at once: another run may start in the same second."""
-    name = "_".join(filter(None, [f"{datetime.now():%Y-%m-%d_%H-%M-%S}", str(cfg.seed), sweep]))
-    folder, twin = Path("runs", cfg.experiment, name), 2
+    """``folder_of`` a run that begins now, made at once: another may start in the same second."""
+    wanted = folder = folder_of(cfg, f"{datetime.now():%Y-%m-%d_%H-%M-%S}", sweep)
+    twin = 2
     while True:
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            folder, twin = folder.with_name(f"{name}-{twin}"), twin + 1
+            folder, twin = wanted.with_name(f"{wanted.name}-{twin}"), twin + 1
 
 
 @contextmanager
@@ -448,8 +451,7 @@ def stages_of(cfg: DictConfig, below: tuple[str, ...] = ()) -> list[DictConfig]:
 def _recipe_hash(stage: DictConfig) -> str:
     apart = ("overrides", "logger", "estimate")
     recipe = OmegaConf.masked_copy(stage, [key for key in map(str, stage) if key not in apart])
-    text = json.dumps(OmegaConf.to_container(recipe), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return recipe_hash(cast(dict[str, Any], OmegaConf.to_container(recipe)))
 
 
 def _rehearse(cfg: DictConfig, folders: Sequence[str]) -> None:

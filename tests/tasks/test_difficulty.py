@@ -50,7 +50,7 @@ def test_images_are_scored_at_the_epoch_asked_for_and_a_curriculum_can_read_it(d
     seen = EasyToHard(tmp_path / "difficulty.safetensors")(0, labels)
     assert scores[seen].mean() < scores.mean()
     with Image.open(tmp_path / "difficulty.png") as picture:
-        assert picture.size == (10 * 49 + 1, 10 * 49 + 1)  # ten classes, ten images each
+        assert picture.size == (10 * 50 + 2, 10 * 50 + 2)  # ten classes, ten images each
 
 
 def test_experts_beyond_the_number_asked_for_have_no_say(data, experts, tmp_path):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hasten.callbacks._logging import log_image
 from hasten.callbacks._sampling import draw, publish, sampling, unit_range
-from hasten.callbacks.image_grid import enlarged, tiled, write_png
 from hasten.errors import HastenError
+from hasten.formats.pictures import enlarged, tiled, write_png
 from hasten.nn.protocols import GeneratesImages
 
 _COLUMNS = 10  # of the picture

@@ -1,22 +1,18 @@
 """ImageGrid: what the module draws, as pictures on disk and in the logger, every so many steps."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
 
 from hasten.callbacks._logging import log_files, log_image
 from hasten.callbacks._sampling import sampling
 from hasten.errors import HastenError
-from hasten.formats import whole_file
+from hasten.formats.pictures import CELL_PX, enlarged, labelled, range_within, stretched, tiled, write_png
 from hasten.nn.protocols import HasPictures
 
 
@@ -54,7 +50,7 @@ class ImageGrid(Callback):
         every_n_steps: int,
         clip_std: float | None = None,
         unclipped: Collection[str] = (),
-        min_cell_px: int = 48,
+        min_cell_px: int = CELL_PX,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("min_cell_px", min_cell_px)):
             if value < 1:
@@ -120,63 +116,6 @@ class ImageGrid(Callback):
         shown = {name: images.detach().float().cpu() for name, images in pictures.items()}
         stray = [name for name in shown if name not in self.unclipped]
         if self.clip_std is not None and stray:
-            pixels = torch.cat([shown[name].flatten() for name in stray])
-            low, high = (pixels.mean() + sign * self.clip_std * pixels.std() for sign in (-1, 1))
-            shown |= {name: (shown[name] - low) / (high - low).clamp(min=1e-8) for name in stray}
+            low, high = range_within(torch.cat([shown[name].flatten() for name in stray]), self.clip_std)
+            shown |= {name: stretched(shown[name], low, high) for name in stray}
         return {name: images.clamp(0, 1) for name, images in shown.items()}
-
-
-def enlarged(images: Tensor, min_cell_px: int = 48) -> Tensor:
-    """Repeat pixels until images are at least ``min_cell_px`` wide, (..., H, W) -> (..., k H, k W).
-
-    Example:
-        >>> import torch
-        >>> enlarged(torch.zeros(1, 8, 8)).shape
-        torch.Size([1, 48, 48])
-    """
-    factor = -(-min_cell_px // images.size(-1))
-    return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-
-
-def tiled(images: Tensor) -> Tensor:
-    """Lay images out with white gaps, (rows, columns, C, H, W) in [0, 1] -> (3, height, width).
-
-    Example:
-        >>> import torch
-        >>> tiled(torch.zeros(2, 5, 1, 48, 48)).shape
-        torch.Size([3, 102, 252])
-    """
-    return make_grid(images.flatten(0, 1), nrow=images.size(1), padding=2, pad_value=1.0)
-
-
-def labelled(image: Tensor, names: Sequence[str]) -> Tensor:
-    """Write names left of rows that share the height of an image, (3, height, width) in [0, 1] -> the same, wider.
-
-    Example:
-        >>> import torch
-        >>> image = labelled(torch.zeros(3, 100, 50), ["ant", "bee"])
-        >>> image.size(1), image.size(2) > 50
-        (100, True)
-    """
-    font = ImageFont.load_default()
-    boxes = [font.getbbox(name) for name in names]
-    width = math.ceil(max(right for _, _, right, _ in boxes)) + 6
-    strip = Image.new("RGB", (width, image.size(1)), "white")
-    for row, (name, (_, top, right, bottom)) in enumerate(zip(names, boxes, strict=True)):
-        middle = (row + 0.5) * image.size(1) / len(names)
-        ImageDraw.Draw(strip).text((width - 3 - right, middle - (top + bottom) / 2), name, fill="black", font=font)
-    return torch.cat([pil_to_tensor(strip).to(image) / 255, image], dim=2)
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    """Write (3, height, width) in [0, 1] as a PNG that is whole at any moment; viewers may have it open.
-
-    Example:
-        >>> import tempfile, torch
-        >>> path = Path(tempfile.mkdtemp(), "black.png")
-        >>> write_png(torch.zeros(3, 8, 8), path)
-        >>> path.exists()
-        True
-    """
-    with whole_file(path) as unfinished:
-        save_image(image, unfinished)

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from hasten.callbacks._logging import log_image
 from hasten.callbacks._sampling import publish, sampling
-from hasten.callbacks.image_grid import write_png
 from hasten.errors import HastenError
+from hasten.formats.pictures import drawn, new_figure, write_png
 from hasten.nn import Choice, Range
 from hasten.nn.protocols import GeneratesWeights
 
@@ -149,7 +149,7 @@ class MagnitudeProbe(Callback):
         if self.folder is not None and trainer.is_global_zero:
             self._write(self.folder / "magnitude.csv", step, sweeps, begins)
             for sweep in sweeps:
-                picture = self._drawn(step, sweep)
+                picture = self._picture(step, sweep)
                 write_png(picture, self.folder / f"magnitude_{sweep.name}.png")
                 log_image(trainer, f"magnitude_{sweep.name}", picture, step)
 
@@ -199,13 +199,9 @@ class MagnitudeProbe(Callback):
                     for label, d, t in zip(sweep.labels, delta.tolist(), theta.tolist(), strict=True):
                         writer.writerow([step, sweep.name, label, tensor, d, t])
 
-    def _drawn(self, step: int, sweep: "_Sweep") -> Tensor:
+    def _picture(self, step: int, sweep: "_Sweep") -> Tensor:
         """Norms over one input before training and now, and those of each tensor: (3, H, W) in [0, 1]."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - only who probes waits for it
-        from matplotlib.figure import Figure  # noqa: PLC0415
-
-        figure = Figure(figsize=(4.2 * (2 + self.per_tensor), 3.6), dpi=100, layout="constrained")
-        canvas = FigureCanvasAgg(figure)  # draws into memory, whatever backend the user has chosen
+        figure = new_figure(4.2 * (2 + self.per_tensor), 3.6)
         panels = figure.subplots(1, 2 + self.per_tensor)
         for panel, kind, title in zip(panels, _KINDS, ("what is generated", "the weights with it"), strict=False):
             before = self._before.get(sweep.name, {}).get(kind)
@@ -225,10 +221,7 @@ class MagnitudeProbe(Callback):
             panel.set_ylim(bottom=0)
             panel.set_xlabel(sweep.name)
             panel.set_xticks([sweep.place[i] for i in few], [sweep.labels[i] for i in few])
-        canvas.draw()
-        pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-        width, height = canvas.get_width_height()
-        return pixels.view(height, width, 4)[..., :3].permute(2, 0, 1).float() / 255
+        return drawn(figure)
 
 
 # ------------------------------------------------------------------ a sweep

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from hasten.callbacks._logging import log_image
 from hasten.callbacks._sampling import publish, sampling, unit_range
-from hasten.callbacks.image_grid import enlarged, tiled, write_png
 from hasten.errors import HastenError, on_one_line
+from hasten.formats.pictures import enlarged, tiled, write_png
 from hasten.functional import merged_image
 from hasten.nn import MergeHandle, MergeOptions, Merging, attach_token_merging
 

@@ -3,7 +3,8 @@
 from hasten.formats.distilled import Distilled
 from hasten.formats.files import whole_file, write_json
 from hasten.formats.pixels import ZCA, PixelRange, pixels_from_tensors
-from hasten.formats.trajectories import Trajectory, open_trajectories, recipe_hash, write_trajectory
+from hasten.formats.recipes import recipe_hash
+from hasten.formats.trajectories import Trajectory, open_trajectories, write_trajectory
 
 __all__ = [
     "ZCA",

@@ -11,17 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from hasten.errors import HastenError
 from hasten.formats.files import whole_file, write_json
+from hasten.formats.pictures import enlarged, range_within, stretched, tiled, write_png
 from hasten.formats.pixels import ZCA, PixelRange, pixels_from_tensors
-from hasten.formats.trajectories import data_difference
+from hasten.formats.recipes import data_difference
 
 TENSORS = "distilled.safetensors"
 """All of it; the other two files of the folder are for people."""
 _OWN = ("images", "label_logits", "hard_labels", "syn_lr")
-_SHOWN_CLASSES, _SHOWN_IPC, _CELL_PX, _CLIP_STD = 100, 20, 48, 2.5
+_SHOWN_CLASSES, _SHOWN_IPC, _CLIP_STD = 100, 20, 2.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +142,8 @@ class Distilled:
         }
         with whole_file(folder / TENSORS) as unfinished:
             save_file(tensors, unfinished, metadata={"about": json.dumps(self.about)})
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())  # else the name could be on disk before the content
         write_json(folder / "distilled.json", self.facts() | self.about)
-        with whole_file(folder / "grid.png") as unfinished:
-            save_image(self.grid(), unfinished)
+        write_png(self.grid(), folder / "grid.png")
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:
@@ -193,12 +190,9 @@ class Distilled:
         Pixels within 2.5 standard deviations of the mean fill [0, 1]: distilled ones stray far beyond it.
         """
         images = self.pixels.denormalize(self.images.detach().float().cpu())
-        low, high = (images.mean() + sign * _CLIP_STD * images.std() for sign in (-1, 1))
-        images = ((images - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+        images = stretched(images, *range_within(images, _CLIP_STD))
         rows = images.unflatten(0, (self.num_classes, self.ipc))[:_SHOWN_CLASSES, :_SHOWN_IPC]
-        factor = -(-_CELL_PX // images.shape[-1])
-        cells = rows.flatten(0, 1).repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-        return make_grid(cells, nrow=rows.shape[1], padding=2, pad_value=1.0)
+        return tiled(enlarged(rows))
 
 
 def _shortened(counts: list[int]) -> str:

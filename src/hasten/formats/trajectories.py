@@ -1,10 +1,9 @@
 """What an expert was after every epoch of its training: one safetensors file an expert, read by rows."""
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from hasten import __version__
 from hasten.errors import HastenError
 from hasten.formats.files import whole_file
+from hasten.formats.recipes import data_difference, recipe_difference, recipe_hash
 
 _WANTED = ("names", "shapes", "recipe", "recipe_hash")
 
@@ -77,8 +77,6 @@ def write_trajectory(
     }
     with whole_file(path) as unfinished:
         save_file(tensors, unfinished, metadata=about)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())  # else the name could be on disk before the content
 
 
 class Trajectory:
@@ -204,45 +202,6 @@ def trajectory_paths(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(Path(folder).glob("expert_*.safetensors"))
 
 
-def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """12 hex digits that are equal for equal recipes, whatever the order of their keys.
-
-    Example:
-        >>> recipe_hash({"lr": 0.01, "seed": 0}) == recipe_hash({"seed": 0, "lr": 0.01})
-        True
-    """
-    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-def recipe_difference(one: Mapping[str, Any], other: Mapping[str, Any], *, shown: int = 3) -> str:
-    """Where two recipes differ, in words: ``optimizer.lr (0.01 and 0.1)``; at most ``shown`` keys.
-
-    Example:
-        >>> recipe_difference({"optimizer": {"lr": 0.01}, "seed": 0}, {"optimizer": {"lr": 0.1}, "seed": 0})
-        'optimizer.lr (0.01 and 0.1)'
-    """
-    # through JSON, as one of the two may come from a file: it knows no tuples
-    left, right = (dict(_leaves(json.loads(json.dumps(recipe)))) for recipe in (one, other))
-    pairs = {key: (left.get(key, "nothing"), right.get(key, "nothing")) for key in left | right}
-    keys = [key for key, (here, there) in pairs.items() if here != there]
-    parts = [f"{key} ({pairs[key][0]} and {pairs[key][1]})" for key in keys[:shown]]
-    return ", ".join(parts) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
-
-
-def data_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Where two descriptions of data sets differ in what an image is and which ones are held out; "" if they do not.
-
-    In which batches and how augmented the images were seen makes no difference.
-
-    Example:
-        >>> data_difference({"split": "1f", "batch_size": 128}, {"split": "2e", "batch_size": 256})
-        'split (1f and 2e)'
-    """
-    keys = (one.keys() & other.keys()) - {"augmentation", "batch_size", "seed"}
-    return recipe_difference({key: one[key] for key in sorted(keys)}, {key: other[key] for key in sorted(keys)})
-
-
 def check_seen(experts: Sequence[Trajectory], data: Mapping[str, Any], *, owner: str) -> None:
     """Whether experts were trained on the images that ``data`` describes; imported ones do not say what they have seen.
 
@@ -263,12 +222,3 @@ def check_seen(experts: Sequence[Trajectory], data: Mapping[str, Any], *, owner:
             f"{owner}: expected data as {experts[0].path} was trained on, they differ in {different}; set data to "
             "that, or train experts on this"
         )
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested dicts."""
-    if not isinstance(node, Mapping):
-        yield prefix, node
-        return
-    for key, value in node.items():
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hasten.errors import HastenError
 from hasten.formats import whole_file, write_json
+from hasten.formats.pictures import drawn, new_figure, write_png
 from hasten.functional import cam_complexity, grad_cam
 from hasten.tasks._device import device_of
 
@@ -130,12 +131,8 @@ def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _chart(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - only those who draw wait for it
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     colors = {"hard": "tab:red", "easy": "tab:green", "": "lightgrey"}
-    figure = Figure(figsize=(6, min(1 + 0.2 * len(rows), 100)), layout="constrained")
-    FigureCanvasAgg(figure)  # draws into memory, whatever backend the user has chosen
+    figure = new_figure(6, min(1 + 0.2 * len(rows), 100))
     axes = figure.add_subplot()
     for grade, color in colors.items():
         places = [place for place, row in enumerate(rows) if row["grade"] == grade]
@@ -144,5 +141,4 @@ def _chart(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("complexity")
     axes.legend([grade for grade in colors if grade])
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished)
+    write_png(drawn(figure), path)

@@ -7,16 +7,15 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.utils import make_grid, save_image
 
 from hasten.errors import HastenError
 from hasten.formats import open_trajectories, whole_file
+from hasten.formats.pictures import enlarged, tiled, write_png
 from hasten.formats.trajectories import check_seen
 from hasten.nn import FlatModel, grand
 from hasten.tasks._device import device_of
 
 _COLUMNS = 5  # images of a class at either end of the picture
-_CELL_PX = 48  # smaller images are enlarged by a whole factor until they are at least so wide
 
 
 def difficulty(
@@ -74,8 +73,7 @@ def difficulty(
             raise HastenError(f"difficulty: {error}") from error
     with whole_file(folder / "difficulty.safetensors") as unfinished:
         save_file({"scores": scores, "labels": data.train_labels}, unfinished)
-    with whole_file(folder / "difficulty.png") as unfinished:
-        save_image(_ends(data, scores), unfinished)
+    write_png(_ends(data, scores), folder / "difficulty.png")
     return {"difficulty/mean": float(scores.mean()), "difficulty/std": float(scores.std())}
 
 
@@ -88,6 +86,4 @@ def _ends(data: Any, scores: torch.Tensor) -> torch.Tensor:
         # of a small class an image may stand at both ends
         rows.append(torch.cat([easy_first[:_COLUMNS], easy_first[-_COLUMNS:]]))
     images = data.denormalize(data.train_images(torch.cat(rows))).clamp(0, 1)
-    factor = -(-_CELL_PX // images.size(-1))  # of digits nobody would see the pixels
-    images = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-    return make_grid(images, nrow=len(rows[0]), padding=1, pad_value=1.0)
+    return tiled(enlarged(images).unflatten(0, (len(rows), -1)))

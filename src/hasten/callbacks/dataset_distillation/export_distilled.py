@@ -15,7 +15,7 @@ from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, de
 from hasten.callbacks.dataset_distillation.evaluate_distilled import EvaluateDistilled
 from hasten.errors import HastenError
 from hasten.formats.distilled import Distilled
-from hasten.formats.trajectories import Trajectory, recipe_hash
+from hasten.formats import Trajectory, recipe_hash
 from hasten.nn.dataset_distillation.comparison import FewImages
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hasten.errors import HastenError
 from hasten.formats import Trajectory, recipe_hash, write_trajectory
-from hasten.formats.trajectories import recipe_difference, trajectory_paths
+from hasten.formats.recipes import recipe_difference
+from hasten.formats.trajectories import trajectory_paths
 from hasten.nn.protocols import TrainsExperts
 
 
