@@ -17,7 +17,7 @@ from hasten.check import check_first, check_read
 from hasten.commands import _words
 from hasten.errors import HastenError
 from hasten.estimate import as_text, estimate
-from hasten.run import compose, stages_of
+from hasten.run import compose, folder_of, stages_of
 
 _COLUMN = 60  # where the comments begin, but behind longer lines
 _OF_THE_RUN = {"experiment", "overrides"}
@@ -86,7 +86,7 @@ def _as_in_a_run(cfg: DictConfig) -> DictConfig:
     """With the folders that interpolations ask for."""
     there = cfg.copy()
     if there.run_dir is None:
-        there.run_dir = f"runs/{cfg.experiment}/<time>_{cfg.seed}"
+        there.run_dir = str(folder_of(cfg))
     stages_of(there)
     return there
 

@@ -22,7 +22,7 @@ from hasten.estimate.probe import Memory, Probe
 from hasten.estimate.stand_ins import stood_in_for
 from hasten.estimate.writes import writes_of
 from hasten.nn.protocols import TrainsExperts
-from hasten.run import built, check_sharding, checkpoint_of, data_and_module, stages_of, threads_of
+from hasten.run import built, check_sharding, checkpoint_of, data_and_module, folder_of, stages_of, threads_of
 from hasten.run_folders import LAST, result_of
 
 
@@ -46,7 +46,7 @@ def estimate(cfg: DictConfig) -> list[Estimate]:
     cfg = cfg.copy()
     check_first(cfg)
     if cfg.run_dir is None:
-        cfg.run_dir = str(Path("runs", cfg.experiment, f"<time>_{cfg.seed}"))
+        cfg.run_dir = str(folder_of(cfg))
     stages = stages_of(cfg)
     for each in [*stages, cfg]:
         check(each)
