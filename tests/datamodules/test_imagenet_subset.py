@@ -116,7 +116,7 @@ def test_without_a_list_every_folder_is_a_class(tmp_path):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_labels_are_places_in_the_list_in_every_split(nette, in_memory):
-    data = ImageNetSubset(nette, "imagenette", image_size=8, holdout=10, in_memory=in_memory, mean=0.0, std=1.0)
+    data = ImageNetSubset(nette, "imagenette", image_size=8, val=10, in_memory=in_memory, mean=0.0, std=1.0)
     colours = torch.tensor([20.0 * number for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 0)]) / 255  # parachute came first
     loaders = data.train_dataloader(), data.val_dataloader(), data.test_dataloader()
     for loader, count in zip(loaders, (30, 10, 10), strict=True):
@@ -126,11 +126,11 @@ def test_labels_are_places_in_the_list_in_every_split(nette, in_memory):
 
 
 def test_the_holdout_is_of_the_training_images_and_the_test_of_imagenets_validation_images(nette):
-    data = ImageNetSubset(nette, "imagenette", image_size=6, holdout=0.25, in_memory=False)
+    data = ImageNetSubset(nette, "imagenette", image_size=6, val=0.25, in_memory=False)
     train, val, test = ({path for path, _ in part.files} for part in vars(data.splits).values())
     assert len(train) == 30 and len(val) == 10 and not train & val
     assert all("train" in path for path in train | val) and all("/val/" in path for path in test)
-    again = ImageNetSubset(nette, "imagenette", image_size=6, holdout=0.25, in_memory=False, seed=5)
+    again = ImageNetSubset(nette, "imagenette", image_size=6, val=0.25, in_memory=False, seed=5)
     assert {path for path, _ in again.splits.val.files} == val
 
 
@@ -150,7 +150,7 @@ def test_squash_keeps_the_whole_image_and_crop_its_proportions(tmp_path):
         (tmp_path / "train" / name).mkdir(parents=True)
         wide.save(tmp_path / "train" / name / "wide.png")
     of = {
-        fit: ImageNetSubset(tmp_path, [0, 217], image_size=20, fit=fit, holdout=0, mean=0.0, std=1.0).train_images([0])
+        fit: ImageNetSubset(tmp_path, [0, 217], image_size=20, fit=fit, val=0, mean=0.0, std=1.0).train_images([0])
         for fit in ("squash", "crop")
     }
     assert (of["crop"][..., 1:-1] > 0.9).all()
@@ -176,7 +176,7 @@ def test_pixels_can_be_whitened(nette):
 @pytest.mark.parametrize("form", ["{}", "{:03d}", "{:04d}"])
 def test_folders_may_be_named_by_index(tmp_path, form):
     root = folders(tmp_path, [form.format(index) for index in (0, 217)])
-    data = ImageNetSubset(root, ["n02102040", "n01440764"], image_size=4, holdout=0, mean=0.0, std=1.0)
+    data = ImageNetSubset(root, ["n02102040", "n01440764"], image_size=4, val=0, mean=0.0, std=1.0)
     red = data.train_images(torch.arange(8))[:, 0, 0, 0] * 255
     assert data.wnids == ["n02102040", "n01440764"]
     torch.testing.assert_close(red, 20.0 * (1 - data.train_labels))  # 217 comes second on disk, first in the list

@@ -36,7 +36,7 @@ class ImageNetSubset(ImageFolder):
         image_size: side in pixels.
         fit: "squash" resizes both sides, as the literature on data set distillation does; "crop" resizes the shorter
             one and cuts at the centre.
-        holdout: training images kept for validation; a number, or a share below 1.
+        val: training images kept for validation; a number, or a share below 1. The test is on ``root/val``.
         in_memory: read every image once, 49 kB each at 128 pixels; False for hundreds of classes.
         batch_size: images per batch and process, >= 1.
         flip: mirror half of the training images.
@@ -62,7 +62,7 @@ class ImageNetSubset(ImageFolder):
         *,
         image_size: int = 128,
         fit: Literal["squash", "crop"] = "squash",
-        holdout: int | float = 0.1,
+        val: int | float = 0.1,
         in_memory: bool = True,
         batch_size: int = 256,
         flip: bool = False,
@@ -84,7 +84,7 @@ class ImageNetSubset(ImageFolder):
             root,
             image_size=image_size,
             batch_size=batch_size,
-            val=holdout,
+            val=val,
             flip=flip,
             crop=crop,
             test="val",
@@ -128,8 +128,8 @@ class ImageNetSubset(ImageFolder):
     def read(self) -> Splits:
         """Training, validation and test images; the latter are ImageNet's validation images."""
         files = self._files("train")
-        holdout, train = self._carve(torch.tensor([label for _, label in files]), self.val)
-        parts = [[files[index] for index in part.tolist()] for part in (train, holdout)]
+        val, train = self._carve(torch.tensor([label for _, label in files]), self.val)
+        parts = [[files[index] for index in part.tolist()] for part in (train, val)]
         return Splits(*(self._images(part) for part in (*parts, self._files("val"))))
 
     def _images(self, files: list[tuple[str, int]]) -> TensorImages | FileImages:
