@@ -57,10 +57,10 @@ from common import (
 )
 from torch import Tensor
 
-from hasten.callbacks.sample_distance import weight_hash
 from hasten.formats import whole_file
 from hasten.functional import distillation_loss
 from hasten.nn import MergeHandle, VisionMamba, attach_token_merging
+from hasten.nn.weights import weight_hash
 from hasten.optim import cosine, parameter_groups
 
 KINDS: dict[str, dict[str, Any]] = {

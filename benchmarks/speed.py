@@ -50,7 +50,6 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from hasten.callbacks import EMA
-from hasten.callbacks.sample_distance import weight_hash
 from hasten.formats import whole_file
 from hasten.functional import noise_zones
 from hasten.modules import Diffusion
@@ -65,6 +64,7 @@ from hasten.nn import (
     alphas_cumprod,
     unet,
 )
+from hasten.nn.weights import weight_hash
 
 SAMPLERS: dict[str, Callable[[Any], TimestepSampler]] = {
     "uniform": UniformSampler,

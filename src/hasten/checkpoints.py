@@ -59,6 +59,25 @@ class WholeCheckpoints(TorchCheckpointIO):
             ) from error
 
 
+def read_checkpoint(path: str | os.PathLike[str], *, owner: str) -> dict[str, Any]:
+    """What Lightning wrote, on the CPU; nothing of the file runs.
+
+    Raises:
+        HastenError: where that is no such file, or half of one; it begins with ``owner``.
+
+    Example:
+        >>> read_checkpoint("nowhere.ckpt", owner="export")
+        Traceback (most recent call last):
+        hasten.errors.HastenError: export: 'nowhere.ckpt' is no whole Lightning checkpoint; choose another
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        dict(checkpoint["state_dict"])
+    except Exception as error:  # torch names a broken file by half a dozen exceptions
+        raise HastenError(f"{owner}: {str(path)!r} is no whole Lightning checkpoint; choose another") from error
+    return checkpoint
+
+
 class Interruptible(Callback):
     """End a fit at its next batch where SIGTERM or Ctrl-C asks for it, saved as ``<dirpath>/last.ckpt``.
 
@@ -189,7 +208,7 @@ class Interruptible(Callback):
 
 
 def _check_optimizers(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
-    """Whether ``saved`` groups are of optimizers such as these: torch would load those of any other without a word."""
+    """Refuse ``saved`` groups of other optimizers than these: torch would load those of any without a word."""
     for optimizer, group in zip(trainer.optimizers, saved, strict=False):
         wanted = {str(key) for key in optimizer.param_groups[0]} - {"initial_lr"}  # a schedule's
         found = {str(key) for key in group} - {"initial_lr"}

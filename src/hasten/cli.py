@@ -363,7 +363,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _check_words(words: list[str]) -> None:
-    """Whether Hydra can read each of ``words``; a HastenError names those that it cannot."""
+    """Refuse words that Hydra cannot read; the HastenError names them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser, lines = OverridesParser.create(), []

@@ -11,7 +11,7 @@ class Stopped(BaseException):
     """A run was asked to end, and did; no Exception, so that a sweep ends with it.
 
     Args:
-        signum: who asked.
+        signum: the signal.
         then: what became of the run, and how to go on.
 
     Example:

@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from hasten.check import build, check, check_first
-from hasten.checkpoints import Interruptible
+from hasten.checkpoints import Interruptible, read_checkpoint
 from hasten.errors import HastenError, did_you_mean, on_one_line
 from hasten.formats import recipe_hash, whole_file, write_json
 from hasten.interruption import Stopped
@@ -216,7 +216,7 @@ def _all_built(cfg: DictConfig, group: str, kind: type[T]) -> list[T]:
 
 
 def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
-    """Whether ``image``, which models are built by, says what the data holds; a stranger's datamodule need not tell."""
+    """Refuse an ``image``, which models are built by, that is not what the data holds; a stranger's need not tell."""
     channels, size, _ = getattr(datamodule, "image_shape", (None, None, None))
     classes = getattr(datamodule, "num_classes", None)
     for key, found in {"channels": channels, "size": size, "num_classes": classes}.items():
@@ -228,7 +228,7 @@ def _check_image(cfg: DictConfig, datamodule: LightningDataModule) -> None:
 
 
 def check_sharding(cfg: DictConfig) -> None:
-    """Whether the module shards itself where the trainer asks for that."""
+    """Refuse a module that does not shard itself where the trainer asks for that."""
     strategy, module = cfg.trainer.strategy, cfg.module
     if not OmegaConf.is_dict(strategy) or get_object(strategy._target_) is not ModelParallelStrategy or module is None:
         return
@@ -274,7 +274,7 @@ def _claimed_folder(cfg: DictConfig, sweep: str) -> Iterator[Path]:
 
 
 def _check_free(cfg: DictConfig, folder: Path) -> None:
-    """Whether a run may write to ``folder``: one that goes on there, or the first."""
+    """Refuse a ``folder`` that is another run's: only one that goes on there may write to it, or the first."""
     goes_on = cfg.ckpt_path is not None or (resumes_by_files(cfg) and result_of(folder).get("status") != "complete")
     if (folder / "result.json").exists() and not goes_on:
         raise HastenError(f"run_dir: {str(folder)!r} holds a run already; choose another folder or delete it")
@@ -495,14 +495,13 @@ def checkpoint_of(path: str | None, module: LightningModule) -> str | None:
         return path  # a sharded one, a folder: read by the strategy that wrote it
     if not Path(path).is_file():
         raise HastenError(f"ckpt_path: expected a checkpoint, there is no file {path!r}")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    except Exception as error:  # torch names a broken file by half a dozen exceptions
-        raise HastenError(f"ckpt_path: {path!r} is no whole Lightning checkpoint; choose another") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for name in sorted(shapes.keys() | wanted.keys()):
-        if shapes.get(name) != wanted.get(name):
-            sizes = f"expected {wanted.get(name, 'nothing')}, got {shapes.get(name, 'nothing')}"
+    found, wanted = map(_shapes, (read_checkpoint(path, owner="ckpt_path")["state_dict"], module.state_dict()))
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            sizes = f"expected {wanted.get(name, 'nothing')}, got {found.get(name, 'nothing')}"
             raise HastenError(f"ckpt_path: {path!r} is of another model: {name}: {sizes}; use the config that wrote it")
     return path
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}  # extra state may be anything

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hasten.callbacks import EMA, SampleDistance
-from hasten.callbacks.sample_distance import feature_net, weight_hash
+from hasten.callbacks.sample_distance import feature_net
+from hasten.nn.weights import weight_hash
 from hasten.errors import HastenError
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.callbacks.ema import EMA
 from hasten.callbacks.throughput import Throughput
+from hasten.nn.modes import evaluating
 from hasten.nn.protocols import GeneratesImages
 
 
@@ -25,18 +26,14 @@ def sampling(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     averages = [c for c in callbacks if isinstance(c, WeightAveraging) and _is_out(c)]
     clocks = [c for c in callbacks if isinstance(c, Throughput)]
-    was_training = {module: module.training for module in pl_module.modules()}
     for clock in clocks:
         clock.pause()
     for average in averages:
         average._swap_models(pl_module)
-    pl_module.eval()
     try:
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+        with evaluating(pl_module), isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
             yield
     finally:
-        for module, training in was_training.items():
-            module.training = training  # not .train(), which a module with frozen parts may override
         for average in averages:
             average._swap_models(pl_module)
         for clock in clocks:

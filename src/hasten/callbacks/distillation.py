@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from hasten.callbacks.sample_distance import weight_hash
 from hasten.errors import HastenError, did_you_mean
 from hasten.formats import whole_file
 from hasten.functional import distillation_loss
 from hasten.nn.protocols import HasLossTerms
 from hasten.nn.token_merging import unmerged_copy
-from hasten.nn.weights import check_fit, read_weights
+from hasten.nn.weights import check_fit, read_weights, weight_hash
 
 _Call = tuple[tuple, dict[str, Any], Any]  # args, kwargs, output
 

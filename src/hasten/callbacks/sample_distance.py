@@ -1,7 +1,6 @@
 """SampleDistance: how far drawn images are from real ones, in the features of a network that the number names."""
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from hasten.callbacks._sampling import draw, publish, sampling, unit_range
-from hasten.errors import HastenError, on_one_line
+from hasten.errors import HastenError
 from hasten.nn.protocols import GeneratesImages
+from hasten.nn.weights import check_fit, read_weights, weight_hash
 
 
 class SampleDistance(Callback):
@@ -181,20 +181,6 @@ def feature_net(
     return _FeatureNet(model, channels, mean, std)
 
 
-def weight_hash(model: nn.Module) -> str:
-    """Eight hexadecimal digits that stand for all weights and buffers of a model.
-
-    Example:
-        >>> weight_hash(nn.Identity())
-        'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
 class _FeatureNet(nn.Module):
     def __init__(self, model: nn.Module, channels: int, mean: float, std: float) -> None:
         super().__init__()
@@ -210,20 +196,13 @@ class _FeatureNet(nn.Module):
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import load_file  # noqa: PLC0415 - only here
-
-    if not path.is_file():
-        raise HastenError(f"feature_net: checkpoint: expected a file, there is none at {str(path)!r}")
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        model.load_state_dict(weights)
-    except Exception as error:  # a broken or foreign file announces itself by half a dozen exceptions
-        reason = on_one_line(error)
-        raise HastenError(f"feature_net: checkpoint: {str(path)!r} does not fit the model: {reason}") from error
+        # of a run with EMA the average stands there; what it is an average of is kept elsewhere
+        state, _ = read_weights(path, model.state_dict(), owner="feature_net", kinds=("state_dict",))
+        check_fit(state, model.state_dict(), owner="feature_net", path=path)
+    except ValueError as error:
+        raise HastenError(str(error)) from error
+    model.load_state_dict(state)
 
 
 def _three_channels(images: Tensor) -> Tensor:

@@ -170,16 +170,11 @@ def _built(node: Mapping[str, Any], config: Mapping[str, Any]) -> "nn.Module":
 
 def _weights(path: Path, model: "nn.Module") -> tuple[dict[str, Any], bool]:
     """The network's own in a checkpoint, and whether they are an average."""
-    import torch  # noqa: PLC0415 - as above
-
+    from hasten.checkpoints import read_checkpoint  # noqa: PLC0415 - as above
     from hasten.nn.weights import check_fit  # noqa: PLC0415
 
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["state_dict"]
-    except Exception as error:  # torch names a broken file by half a dozen exceptions
-        raise HastenError(f"export: {str(path)!r} is no whole Lightning checkpoint; choose another") from error
-    prefix = "model."
+    checkpoint = read_checkpoint(path, owner="export")
+    prefix, found = "model.", checkpoint["state_dict"]
     state = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     try:
         check_fit(state, model.state_dict(), owner=type(model).__name__, path=path)

@@ -109,7 +109,7 @@ def _clone() -> Path:
 
 
 def _check_word(argument: str, word: str) -> None:
-    """Whether ``word`` can name a file, a function and, with capitals, a class that is found again by its name."""
+    """Refuse a ``word`` that cannot name a file, a function and, with capitals, a class found again by its name."""
     camel = "".join(part.capitalize() for part in word.split("_"))
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", word) or keyword.iskeyword(word):
         raise HastenError(f"new: {argument}: expected words in small letters, joined by _, got {word!r}")

@@ -17,6 +17,7 @@ from hasten.formats import Trajectory, open_trajectories
 from hasten.formats.trajectories import check_seen
 from hasten.functional import start_window
 from hasten.functional.draws import generator_of
+from hasten.memory import free_bytes
 
 Segment = dict[str, Tensor | int]
 """``start`` and ``target`` (P,) float32: an expert's parameters after ``epoch`` and ``epoch + expert_epochs`` epochs;
@@ -181,16 +182,7 @@ def _on_disk(experts: list[Trajectory]) -> Callable[[int, int], Tensor]:
 
 def _fits(experts: list[Trajectory], first: int, last: int) -> bool:
     """Whether all these epochs take at most half of the memory that is free."""
-    return 4 * experts[0].numel * (last - first + 1) * len(experts) <= _free_bytes() / 2
-
-
-def _free_bytes() -> int:
-    """Memory that this machine could still give, 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    return 4 * experts[0].numel * (last - first + 1) * len(experts) <= (free_bytes() or 0) / 2
 
 
 def _check_long_enough(expert: Trajectory, last: int, expert_epochs: int, min_start: int) -> None:

@@ -269,7 +269,7 @@ class ImageDataModule(LightningDataModule):
             raise HastenError(f"{self.name}: {key}: expected an int >= {at_least}, got {value!r}")
 
     def _check_part(self, key: str, value: Any) -> None:
-        """Whether ``value`` is a number of images, or a share of them."""
+        """Refuse what is neither a number of images nor a share of them."""
         if not isinstance(value, float):
             self._check_int(key, value, at_least=0)
         elif not 0 <= value < 1:

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from hashlib import blake2b
 from itertools import pairwise
 from math import ceil
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hasten.errors import HastenError
+from hasten.functional.draws import digest_of
 
 
 class EpochLoader:
@@ -185,7 +185,7 @@ class EpochLoader:
         rank, world_size = _rank_and_world_size()
         order = self._samples
         if self.shuffle:
-            generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+            generator = torch.Generator().manual_seed(digest_of(self.seed, epoch))
             order = order[torch.randperm(len(order), generator=generator)]
         share = order[rank::world_size].tolist()
         return [share[start:stop] for start, stop in pairwise(self._bounds(rank, world_size))]
@@ -225,7 +225,7 @@ class _Batches(Dataset[Any]):
             samples = []
             with _random_state_put_back():
                 for index in indices:
-                    _seed_global_generators(_mixed(self.seed, epoch, index))
+                    _seed_global_generators(digest_of(self.seed, epoch, index))
                     samples.append(self.dataset[index])
         except HastenError as error:
             return error  # the loader raises it: from a worker, it would arrive as a page of traceback
@@ -241,11 +241,6 @@ def _rank_and_world_size() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
-
-
-def _mixed(*numbers: int) -> int:
-    """A 64-bit seed of several numbers; near numbers give seeds that are not."""
-    return int.from_bytes(blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest(), "big")
 
 
 def _seed_global_generators(seed: int) -> None:

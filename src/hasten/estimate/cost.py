@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from hasten.memory import as_size
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -150,11 +152,3 @@ def _short(count: int) -> str:
     """With three digits and a prefix: ``12.3 G``."""
     power = min(max(int(math.log10(max(count, 1))) // 3, 0), 5)
     return f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
-
-
-def as_size(count: float) -> str:
-    """Of bytes, as a person says it: ``170 MiB``, ``4.1 GiB``."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}" if count < 10 * size else f"{count / size:.0f} {unit}"
-    return f"{count:.0f} B"

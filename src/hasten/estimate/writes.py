@@ -7,9 +7,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from hasten.callbacks import SaveTrajectory
-from hasten.estimate.cost import Cost, as_size
+from hasten.estimate.cost import Cost
 from hasten.estimate.nodes import HOUSEKEEPING, is_a, kept_epochs
 from hasten.loggers import MetricsFile
+from hasten.memory import as_size
 
 
 def writes_of(cfg: DictConfig, cost: Cost) -> dict[str, str]:

@@ -112,7 +112,7 @@ class Distilled:
         return own.keys() == other.keys() and all(own[key].squeeze().equal(other[key].squeeze()) for key in own)
 
     def check_made_of(self, data: Mapping[str, Any], *, owner: str) -> None:
-        """Whether it is made of the images that ``data``, the ``description()`` of a datamodule, describes.
+        """Refuse to be of other images than ``data``, the ``description()`` of a datamodule, describes.
 
         Not in which range they are, as they can be brought into its own. A set from elsewhere does not say what it is
         made of.

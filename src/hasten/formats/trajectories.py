@@ -203,7 +203,7 @@ def trajectory_paths(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_seen(experts: Sequence[Trajectory], data: Mapping[str, Any], *, owner: str) -> None:
-    """Whether experts were trained on the images that ``data`` describes; imported ones do not say what they have seen.
+    """Refuse experts of other images than ``data`` describes; imported ones do not say what they have seen.
 
     Args:
         experts: of one recipe, as ``open_trajectories`` gives them.

@@ -5,13 +5,14 @@ several may share one. r is a Python int and every shape follows from it, so one
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hasten.functional.precision import no_autocast
 
 MERGE_DISTANCES = ("cosine", "l1", "l2")
 """How far two tokens are apart: by their angle, or by the distance of the normalised vectors."""
@@ -322,7 +323,7 @@ def merge_schedule(
         return _fractions(depth, r, merging, tokens, protected)
     if _is_count(r):
         counts = dict.fromkeys(merging, r)
-    elif _is_pair(r) and _is_count(r[0]):
+    elif is_inflected(r) and _is_count(r[0]):
         counts = dict(zip(merging, _inflected(*r, len(merging)), strict=True))
     elif _is_list(r):
         if len(r) > depth:
@@ -424,7 +425,7 @@ def _match(
     unit = F.normalize(metric.detach().float(), dim=-1)
     a, b = _take(unit, sources), _take(unit, destinations)
     if distance == "cosine":
-        with _no_autocast(metric.device):
+        with no_autocast(metric.device.type):
             scores = a @ b.mT
     elif distance == "l1":
         scores = -torch.cdist(a, b, p=1)
@@ -481,14 +482,8 @@ def _arrivals(plan: MergePlan) -> Tensor:
 def _add(kept: Tensor, arrivals: Tensor, sources: Tensor) -> Tensor:
     """Add every source to its destination, (B, N - r, D), (B, N - r, r) and (B, r, D) -> (B, N - r, D)."""
     # index_add would round in another order at every run on a GPU: a checkpoint's recomputation must find the same plan
-    with _no_autocast(kept.device):
+    with no_autocast(kept.device.type):
         return torch.baddbmm(kept, arrivals.to(kept.dtype), sources)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    """Keep matmuls in the dtype of their arguments."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _merging_blocks(depth: int, interval: int, offset: int, layers: Iterable[int] | None) -> list[int]:
@@ -537,8 +532,8 @@ def _is_count(n: object) -> TypeGuard[int]:
     return isinstance(n, int) and not isinstance(n, bool)
 
 
-def _is_pair(r: object) -> TypeGuard[tuple[float, float]]:
-    """A pair (r, inflect): YAML has no tuples, so a float says it too."""
+def is_inflected(r: object) -> TypeGuard[tuple[float, float]]:
+    """Whether r is a pair (r, inflect): YAML has no tuples, so a float says it too."""
     return isinstance(r, Sequence) and len(r) == 2 and (isinstance(r, tuple) or isinstance(r[1], float))
 
 

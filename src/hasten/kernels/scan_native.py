@@ -50,7 +50,7 @@ def forward(
     softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan u (B, L, D) to y (B, L, D), the last state (B, D, N) and the states before each chunk (L / CHUNK, B, D, N).
+    """Scan u (B, L, D) to y (B, L, D), the last state (B, D, N) and that before each chunk (ceil(L / CHUNK), B, D, N).
 
     delta (B, L, D), A (D, N), B and C (B, L, G, N), D and delta_bias (D) are contiguous float32 on the CPU; u and z,
     both (B, L, D), may be in half precision. RuntimeError where `available` has a reason.

@@ -1,7 +1,6 @@
 """Diffusion: trains a denoiser with the timesteps and weights of a sampler, and draws images with it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from hasten.errors import HastenError, did_you_mean
 from hasten.functional import noise_zones
 from hasten.functional.draws import seed_of
 from hasten.nn import LinearSkip, TimestepSampler, UniformSampler, alphas_cumprod
+from hasten.nn.modes import evaluating
 from hasten.nn.sharding import shard
 from hasten.optim import configure_optimizers, parameter_groups
 from hasten.optim.build import OptimizerFactory, SchedulerFactory
@@ -278,7 +278,7 @@ class Diffusion(LightningModule):
         solver, extra = self._solver(steps)
         where = self.device if generator is None else generator.device
         x = torch.randn(n, *self._latent_shape(), generator=generator, device=where).to(self.device)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for t in solver.timesteps:
                 prediction = self._guided(x, torch.full((n,), int(t), device=self.device), labels)
                 x = solver.step(prediction, t, x, **extra).prev_sample
@@ -421,17 +421,6 @@ class _Frozen:
             self.module.to(x.device)
         with torch.autocast(x.device.type, enabled=False):
             return getattr(self.module, method)(x.to(parameter.dtype))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _noise_by_index(index: Tensor, draws: int, like: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from hasten.functional.matching import (
     step_bytes,
     unrolled_matching_gradients,
 )
+from hasten.memory import as_size, free_bytes
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.flat import FlatModel
 from hasten.nn.dataset_distillation.guide import DiscriminativeArea
@@ -315,11 +315,11 @@ class TrajectoryMatching(LightningModule):
             needs = needed(gradients, batch)
         except ValueError:
             return  # someone's own gradients
-        free = _free_bytes(self.device)
+        free = free_bytes(self.device)
         whole = needed(unrolled_matching_gradients, batch)
         self.print(
-            f"trajectory matching: {self.syn_steps} steps on {batch} images need about {_size(needs)} (a full unroll "
-            f"{_size(whole)}), {'unknown' if free is None else _size(free)} free"
+            f"trajectory matching: {self.syn_steps} steps on {batch} images need about {as_size(needs)} (a full unroll "
+            f"{as_size(whole)}), {'unknown' if free is None else as_size(free)} free"
         )
         if free is None or needs <= free:
             return
@@ -329,7 +329,7 @@ class TrajectoryMatching(LightningModule):
         remedy = f"lower batch_syn from {batch} to {fitting}"
         if needed(gradients, fitting) > free:
             remedy = f"lower syn_steps from {self.syn_steps}, or take a smaller net"
-        raise HastenError(f"trajectory_matching: needs about {_size(needs)}, {_size(free)} free; {remedy}")
+        raise HastenError(f"trajectory_matching: needs about {as_size(needs)}, {as_size(free)} free; {remedy}")
 
     # ------------------------------------------------------------------ what it shows
 
@@ -369,20 +369,3 @@ class TrajectoryMatching(LightningModule):
 def _heat(cam: Tensor) -> Tensor:
     """A map in [0, 1] as colours from black over red and yellow to white, (..., H, W) -> (..., 3, H, W)."""
     return (3 * cam.unsqueeze(-3) - torch.arange(3).to(cam).view(3, 1, 1)).clamp(0, 1)
-
-
-def _size(count: int) -> str:
-    """Of bytes, as a person says it: ``170 MiB``, ``41.2 GiB``."""
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """What could be allocated now; None where the system does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten.functional import MERGE_DISTANCES, merge_schedule, token_counts
+from hasten.functional.tokens import is_inflected
+from hasten.nn.modes import evaluating
 from hasten.nn.protocols import SupportsTokenMerging
 
 METHODS = {"rmeeto": "a Vision Mamba", "tome": "a ViT"}
@@ -190,9 +192,7 @@ class MergeOptions:
 
     def _says_where(self) -> bool:
         """A list with one int per block says itself which of them merge; a pair (r, inflect) does not."""
-        if not isinstance(self.r, Sequence):
-            return False
-        return not (len(self.r) == 2 and (isinstance(self.r, tuple) or isinstance(self.r[1], float)))
+        return isinstance(self.r, Sequence) and not is_inflected(self.r)
 
 
 class BlockTokens(NamedTuple):
@@ -334,14 +334,8 @@ class MergeHandle:
 
     @contextmanager
     def _evaluating(self, merging: Merging | None) -> Iterator[None]:
-        training = {module: module.training for module in self.module.modules()}
-        try:
-            with self.using(merging), torch.no_grad():
-                self.module.eval()
-                yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with self.using(merging), torch.no_grad(), evaluating(self.module):
+            yield
 
 
 def attach_token_merging(

@@ -8,7 +8,6 @@ Source: Vision Mamba, arXiv:2401.09417; merging as in R-MeeTo, arXiv:2412.12496.
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from hasten.functional import (
     selective_scan,
     token_counts,
 )
+from hasten.functional.precision import no_autocast
 from hasten.nn._vim_checkpoint import HUB_FILES, load_checkpoint
 from hasten.nn.token_merging import Merging
 
@@ -364,7 +364,7 @@ class BidirectionalMamba(nn.Module):
         """One direction, gated by z, (B, N, E); and what steered it, (B, N, S) and (B, N, E)."""
         u = F.silu(_depthwise_conv(x, conv1d, reverse=reverse))
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        with _no_autocast(u.device.type):  # bfloat16 steps would change the decay exp(dt A) by up to 0.3 %
+        with no_autocast(u.device.type):  # bfloat16 steps would change the decay exp(dt A) by up to 0.3 %
             delta = F.linear(_wide(dt), _wide(dt_proj.weight))
             y = cast(
                 Tensor,
@@ -401,12 +401,6 @@ def _depthwise_conv(x: Tensor, conv1d: nn.Conv1d, *, reverse: bool) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """At least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager:
-    # a meta device, on which models are measured, knows no autocast
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 # ------------------------------------------------------------------ merging

@@ -1,6 +1,7 @@
-"""Weights out of a file into a model: nothing of the file runs, wrappers come off, and every name has to fit."""
+"""Weights out of a file into a model: nothing of the file runs, wrappers come off, every name has to fit; a hash."""
 
 import argparse
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_weights(
 
 
 def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, owner: str, path: str | Path) -> None:
-    """Whether every name and shape is as wanted.
+    """Refuse weights whose names and shapes are not as wanted.
 
     Raises:
         ValueError: where not, in one line with the first few names.
@@ -105,6 +106,20 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, owne
         raise ValueError(
             f"{owner}: checkpoint: {path} does not fit: {shown}{rest}; give the model the checkpoint's sizes"
         )
+
+
+def weight_hash(model: nn.Module) -> str:
+    """Eight hexadecimal digits that stand for all weights and buffers of a model.
+
+    Example:
+        >>> weight_hash(nn.Identity())
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _read(path: Path, owner: str) -> Any:

@@ -41,6 +41,7 @@ def configure_optimizers(
     """One optimizer over ``groups`` and, where given, one schedule stepped after every optimizer step.
 
     Args:
+        groups: as ``parameter_groups`` makes them.
         optimizer: called with the groups.
         scheduler: called with the optimizer, and with ``total_steps`` where it takes such an argument.
         total_steps: asked only then: Lightning counts batches for it.

@@ -18,6 +18,7 @@ from hasten.nn.dataset_distillation.comparison import (
     Jury,
     Recipe,
     check_protocol,
+    described,
     labelling_student,
     split_batches,
     table_of,
@@ -92,8 +93,8 @@ def evaluate_distilled(
             f"evaluate_distilled: data: expected images in the range of {distilled}, got {type(data).__name__}; put "
             "hasten.datamodules.DistilledSet around it"
         )
-    described = _described(data)
-    few.check_made_of(described, owner="evaluate_distilled")
+    about_data = described(data)
+    few.check_made_of(about_data, owner="evaluate_distilled")
     try:
         check_protocol(protocol["lr"], baselines)
         made = named_nets(
@@ -107,7 +108,7 @@ def evaluate_distilled(
         recipe = Recipe(protocol["epochs"], of_whole, augment, protocol["seed"], data=data)
         if "random_soft" in baselines:
             found = open_trajectories(experts) if experts else ()
-            check_seen(found, few.about.get("data") or described, owner="evaluate_distilled")
+            check_seen(found, few.about.get("data") or about_data, owner="evaluate_distilled")
             student = labelling_student(made[nets[0]], found)
             recipe = replace(recipe, experts=found, student=student)
         table = table_of(
@@ -131,12 +132,6 @@ def evaluate_distilled(
 
 def _augment(augment: Mapping[str, Any] | None) -> DSA | None:
     return None if augment is None else DSA(**augment)
-
-
-def _described(data: Any) -> dict[str, Any]:
-    """What the datamodule of the real images, or the one inside of a DistilledSet, says of them."""
-    real = data if hasattr(data, "description") else getattr(data, "test", None)
-    return getattr(real, "description", dict)()
 
 
 def _doubts(few: Distilled, experts: Sequence[Trajectory]) -> list[str]:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.markdown import Markdown
 
 from hasten.callbacks._sampling import publish, sampling
-from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, described, few_images
+from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, few_images
 from hasten.errors import HastenError
 from hasten.formats.trajectories import check_seen, open_trajectories
 from hasten.nn.dataset_distillation.comparison import (
@@ -30,6 +30,7 @@ from hasten.nn.dataset_distillation.comparison import (
     Recipe,
     check_protocol,
     check_split,
+    described,
     labelling_student,
     rates,
     split_batches,

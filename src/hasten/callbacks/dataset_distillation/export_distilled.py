@@ -11,12 +11,12 @@ from lightning.pytorch import Callback
 
 from hasten import __version__
 from hasten.callbacks._logging import log_files
-from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, described, few_images
+from hasten.callbacks.dataset_distillation._synthetic import check_synthetic, few_images
 from hasten.callbacks.dataset_distillation.evaluate_distilled import EvaluateDistilled
 from hasten.errors import HastenError
 from hasten.formats.distilled import Distilled
 from hasten.formats import Trajectory, recipe_hash
-from hasten.nn.dataset_distillation.comparison import FewImages
+from hasten.nn.dataset_distillation.comparison import FewImages, described
 
 
 class ExportDistilled(Callback):

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from hasten.errors import did_you_mean
 from hasten.formats.trajectories import Trajectory
+from hasten.functional.draws import digest_of
 from hasten.functional.matching import hard_logits
 from hasten.nn.dataset_distillation.dsa import DSA
 from hasten.nn.dataset_distillation.evaluation import (
@@ -98,7 +98,7 @@ class FewImages:
 
 
 def check_protocol(lr: object, baselines: Sequence[str]) -> None:
-    """Whether nets can be trained with this learning rate, and compared with these baselines.
+    """Refuse a learning rate and baselines that there are none of.
 
     Raises:
         ValueError: where not.
@@ -258,13 +258,11 @@ def labelling_student(make: NetFactory, experts: Sequence[Trajectory]) -> FlatMo
             "leave random_soft out of baselines"
         )
     student = FlatModel(make())
-    wanted = [*zip(experts[0].names, map(tuple, experts[0].shapes), strict=True)]
-    found = [*zip(student.names, map(tuple, student.shapes), strict=True)]
-    if wanted != found:
-        i = next((i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), None)
-        expert, own = (f"{len(each)} parameters" if i is None else f"{each[i]}" for each in (wanted, found))
+    if (difference := student.first_difference(experts[0].names, experts[0].shapes)) is not None:
+        i, own, expert = difference
         raise ValueError(
-            f"experts: expected {expert} in the first net as in theirs, got {own}; give it their width and depth"
+            f"experts: parameter {i} of the first net: expected {expert} as in {experts[0].path.name}, got {own}; give "
+            "it their width and depth"
         )
     return student
 
@@ -279,15 +277,23 @@ def split_batches(data: Any, split: str) -> list[tuple[Tensor, Tensor]]:
     return [(batch[0], batch[1]) for batch in getattr(data, f"{split}_dataloader")()]
 
 
+def described(data: Any) -> dict[str, Any]:
+    """What a datamodule says of its real images, or the one that it is built around; nothing where it is a stranger."""
+    around = getattr(data, "data", None) or getattr(data, "test", None)  # of ExpertTrajectories; of DistilledSet
+    real = data if hasattr(data, "description") else around
+    return getattr(real, "description", dict)()
+
+
 def check_split(data: Any, split: str) -> None:
-    """Whether ``data`` has images to measure on, of which one batch is read.
+    """Refuse data without images to measure on; one batch is read.
 
     Raises:
         ValueError: where it has none.
     """
     loader = getattr(data, f"{split}_dataloader", lambda: None)()
     if next(iter(loader or ()), None) is None:
-        raise ValueError(f"{type(data).__name__}: expected a {split} split, got none; set data.{split}, 0.1 is usual")
+        remedy = "set data.val, 0.1 is usual" if split == "val" else "give it images to test on"
+        raise ValueError(f"{type(data).__name__}: expected a {split} split, got none; {remedy}")
 
 
 def rates(few: FewImages, lr: float | str) -> tuple[float, ...]:
@@ -430,10 +436,9 @@ class Progress:
         return tell
 
 
-def mixed_seed(*parts: object) -> int:
+def mixed_seed(*parts: str | int) -> int:
     """A 63-bit seed of several parts; near parts give seeds that are not."""
-    digest = blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return digest_of(*parts) >> 1
 
 
 def _steps(arm: Arm) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hasten.nn.dataset_distillation.dsa import DSA
+from hasten.nn.modes import evaluating
 
 
 def train_on(
@@ -108,14 +109,12 @@ def hits(net: nn.Module, batches: Iterable[Any]) -> tuple[int, int]:
         >>> hits(nn.Flatten(), [(torch.eye(3).view(3, 1, 1, 3), torch.tensor([0, 1, 1]))])
         (2, 3)
     """
-    was_training = net.training
     device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     right = total = 0
-    net.eval()
-    for images, labels in batches:
-        right += int((net(images.to(device)).argmax(1) == labels.to(device)).sum())
-        total += len(labels)
-    net.train(was_training)
+    with evaluating(net):
+        for images, labels in batches:
+            right += int((net(images.to(device)).argmax(1) == labels.to(device)).sum())
+            total += len(labels)
     if total == 0:
         raise ValueError("accuracy: expected at least one image, got none; give the datamodule a val or test split")
     return right, total

@@ -91,7 +91,7 @@ class FlatModel:
         return self.flatten(net)
 
     def check_drawable(self) -> None:
-        """Whether every layer knows how to draw its parameters; what ``drawn`` needs."""
+        """Refuse a network with a layer that cannot draw its own parameters, as ``drawn`` has to."""
         for name, layer in self._template.named_modules():
             if next(layer.parameters(recurse=False), None) is not None and not hasattr(layer, "reset_parameters"):
                 raise ValueError(

@@ -85,7 +85,7 @@ class SyntheticSet(nn.Module):
             self.lr.fill_(lr)
 
     def check_data(self, num_classes: int, image_shape: Sequence[int]) -> None:
-        """Whether it could hold images of such data.
+        """Refuse data whose images it could not hold.
 
         Raises:
             ValueError: for other classes or another shape.
