@@ -98,12 +98,12 @@ class TimestepAdapter:
         signature = inspect.signature(original)
         if "timesteps" not in signature.parameters:
             raise HastenError(
-                f"timestep_sampling: scheduler: expected {name}(samples, noise, timesteps), got {name}{signature}; use "
+                f"timestep_sampling: noise_scheduler: expected {name}(samples, noise, timesteps), got {name}{signature}; use "
                 "attach='protocol'"
             )
         if name in vars(scheduler):
             raise HastenError(
-                f"timestep_sampling: scheduler: expected the {name} of its class, got one that something has put in "
+                f"timestep_sampling: noise_scheduler: expected the {name} of its class, got one that something has put in "
                 "front of it, such as another TimestepSampling; attach one of them"
             )
 
@@ -221,7 +221,7 @@ class TimestepAdapter:
         if drawn is None:
             raise HastenError(
                 "timestep_sampling: add_noise: expected the scheduler to be called in a training batch, got no call; "
-                "name the scheduler in use by scheduler=, or use attach='protocol'"
+                "name the scheduler in use by noise_scheduler=, or use attach='protocol'"
             )
         if self._denoiser is not None and not self._weighed:
             raise HastenError(
@@ -283,7 +283,7 @@ def schedulers(pl_module: nn.Module) -> dict[str, Any]:
 def find_scheduler(pl_module: nn.Module, name: str | None) -> Any:
     """The scheduler called ``name``, dots allowed, or else the only one."""
     wanted = "with add_noise and betas"
-    return _find(pl_module, "scheduler", name, schedulers(pl_module), wanted)
+    return _find(pl_module, "noise_scheduler", name, schedulers(pl_module), wanted)
 
 
 def find_denoiser(pl_module: nn.Module, name: str | None) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from hasten.callbacks._timestep_adapter import TimestepAdapter, find_denoiser, find_scheduler, schedulers
 from hasten.errors import HastenError
+from hasten.functional.draws import seed_of
 from hasten.nn import TimestepSampler, num_timesteps
 
 _ATTACH = ("auto", "protocol", "adapter")
@@ -45,8 +46,8 @@ class TimestepSampling(Callback):
 
     Args:
         sampler: or what makes one from the module's noise scheduler.
-        scheduler: the attribute of the module, dots allowed, that adds noise; None: the only one that has ``add_noise``
-            and ``betas``.
+        noise_scheduler: the attribute of the module, dots allowed, that adds noise; None: the only one that has
+            ``add_noise`` and ``betas``.
         denoiser: the attribute whose prediction is weighed; None: the only child whose forward takes ``timestep`` or
             ``timesteps``. Of a compiled one, what is called: ``torch.compile(net)``, not ``net``.
         attach: "auto", "protocol" or "adapter".
@@ -55,7 +56,7 @@ class TimestepSampling(Callback):
             hook sees it; "none" leaves them out.
         weighted_channels: so many leading channels of the prediction are weighed, >= 1, e.g. the noise but not the
             variance; None: all.
-        seed: of the generators, each adds its rank; None: the global seed.
+        seed: of the generators, of which every rank has its own; None: the global seed.
 
     Raises:
         ValueError: for an unknown word or a number out of range.
@@ -71,7 +72,7 @@ class TimestepSampling(Callback):
         self,
         sampler: TimestepSampler | Callable[[Any], TimestepSampler],
         *,
-        scheduler: str | None = None,
+        noise_scheduler: str | None = None,
         denoiser: str | None = None,
         attach: str = "auto",
         weighting: str = "grad",
@@ -94,7 +95,7 @@ class TimestepSampling(Callback):
                 f"{weighting!r}, which leaves the denoiser alone"
             )
         self.sampler = sampler
-        self.scheduler = scheduler
+        self.noise_scheduler = noise_scheduler
         self.denoiser = denoiser
         self.attach = attach
         self.weighting = weighting
@@ -137,19 +138,19 @@ class TimestepSampling(Callback):
                 f"timestep_sampling: attach: expected {type(pl_module).__name__} to have a callable timestep_sampler, "
                 "got none; set one in __init__ and let training_step call t, w = self.timestep_sampler(n)"
             )
-        if isinstance(self.sampler, TimestepSampler) and self.scheduler is None:
+        if isinstance(self.sampler, TimestepSampler) and self.noise_scheduler is None:
             found = list(schedulers(pl_module).values())
             scheduler = found[0] if len(found) == 1 else None  # only to compare T
         else:
-            scheduler = find_scheduler(pl_module, self.scheduler)
+            scheduler = find_scheduler(pl_module, self.noise_scheduler)
         self._sampler = self._made_for(scheduler)
         return _Protocol(pl_module, self._sampler)
 
     def _by_adapter(self, pl_module: LightningModule) -> TimestepAdapter:
-        scheduler = find_scheduler(pl_module, self.scheduler)
+        scheduler = find_scheduler(pl_module, self.noise_scheduler)
         if not (hasattr(scheduler, "add_noise") and isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)):
             raise HastenError(
-                f"timestep_sampling: scheduler: expected add_noise and alphas_cumprod over integer timesteps, got "
+                f"timestep_sampling: noise_scheduler: expected add_noise and alphas_cumprod over integer timesteps, got "
                 f"{type(scheduler).__name__} without; use attach='protocol'"
             )
         self._sampler = sampler = self._made_for(scheduler)
@@ -183,7 +184,8 @@ class TimestepSampling(Callback):
         device = trainer.strategy.root_device
         sampler.to(device)
         sampler.generator = Generator(device)
-        sampler.generator.manual_seed((self._base_seed + trainer.global_rank + trainer.global_step) % 2**63)
+        # a plain sum would give rank 1 of one seed the draws of rank 0 of the next
+        sampler.generator.manual_seed(seed_of(self._base_seed, trainer.global_rank, trainer.global_step))
         if self._resumed is None:
             return
         sampler.load_state(self._resumed["sampler"])
