@@ -311,7 +311,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path):
     assert "at least ipc = 1 training images of each class, got 0 of '1'" in error(data=Halves(train=1))
     assert "experts: expected those who label" in error(baselines=("random_soft",))
     folder = experts(tmp_path, partial(ConvNet, 1, 4, 2, width=3, depth=1))
-    assert "expected ('blocks.0.0.weight', (3, 1, 3, 3)) in the first net as in theirs" in error(
+    assert "parameter 0 of the first net: expected blocks.0.0.weight (3, 1, 3, 3) as in expert_0000" in error(
         baselines=("random_soft",), experts=folder
     )
     assert "use norm=instance" in error(baselines=("random_soft",), experts=folder, student=partial(NET, norm="batch"))

@@ -463,13 +463,13 @@ def test_the_memory_that_an_iteration_needs_is_told(experts, capsys):
     ("free_mib", "line"),
     [
         (16, "needs about 30 MiB, 16 MiB free; lower batch_syn from 30 to 15"),
-        (5, "needs about 30 MiB, 5 MiB free; lower batch_syn from 30 to 3"),
-        (0, "needs about 30 MiB, 0 MiB free; lower syn_steps from 3, or take a smaller net"),
+        (5, "needs about 30 MiB, 5.0 MiB free; lower batch_syn from 30 to 3"),
+        (0, "needs about 30 MiB, 0 B free; lower syn_steps from 3, or take a smaller net"),
     ],
 )
 def test_too_little_memory_is_refused_with_what_would_fit(experts, monkeypatch, free_mib, line):
     mib = 2**20
-    monkeypatch.setattr(trajectory_matching, "_free_bytes", lambda device: free_mib * mib)
+    monkeypatch.setattr(trajectory_matching, "free_bytes", lambda device: free_mib * mib)
     monkeypatch.setattr(trajectory_matching, "step_bytes", lambda step_loss, theta, images, *_: len(images) * mib)
     monkeypatch.setattr(trajectory_matching, "estimated_bytes", lambda gradients, *, saved, numel, steps: saved)
     with pytest.raises(HastenError, match=f"^trajectory_matching: {line}$"):
