@@ -151,8 +151,13 @@ def test_a_tensor_out_of_range_is_clamped():
     encode = encoding({"a": Range(1, 10, log=True)})
     inside = encode({"a": torch.tensor([1.0, 10.0])}, LIKE)
     assert encode({"a": torch.tensor([-3.0, 99.0])}, LIKE).equal(inside)
-    kind = encoding({"kind": Choice("abc")})
-    assert kind({"kind": torch.tensor([-1, 3])}, LIKE).tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("out_of_range", ["clamp", "error", "ignore"])
+def test_positions_out_of_range_are_refused_on_the_cpu(out_of_range):
+    kind = encoding({"kind": Choice([0, 90, 180])}, out_of_range=out_of_range)
+    with pytest.raises(ValueError, match="kind: expected positions 0 to 2, got 90 to 90; a value itself is given as a"):
+        kind({"kind": torch.tensor(90)}, LIKE)
 
 
 def test_a_tensor_out_of_range_is_refused_where_asked():

@@ -94,20 +94,33 @@ class Range:
 
         Args:
             name: as errors call it.
-            value: numbers and lists must be in the range.
+            value: numbers and lists must be in the range, as far as float32 knows it.
             out_of_range: what a tensor may be; "error" waits for the device.
             like: any tensor.
         """
         if isinstance(value, Real):
-            if not self.low <= value <= self.high:  # type: ignore[operator]
+            if not self._is_inside(value):
                 raise ValueError(f"hypernet: {name}: expected {self.low} to {self.high}, got {value}")
-            return torch.full((), float(value), dtype=like.dtype, device=like.device)
+            # at least float32 up to E: bfloat16 has no 999, and float16 nothing above 65504
+            wide = torch.promote_types(like.dtype, torch.float32)
+            inside = min(max(float(value), self.low), self.high)
+            return torch.full((), inside, dtype=wide, device=like.device)
         if not isinstance(value, Tensor):
-            value, out_of_range = torch.as_tensor(value, dtype=torch.float64), "error"
-        if out_of_range == "error" and (outside := value[~((value >= self.low) & (value <= self.high))]).numel():
-            raise ValueError(f"hypernet: {name}: expected {self.low} to {self.high}, got {outside[0].item():g}")
+            try:
+                value, out_of_range = torch.as_tensor(value, dtype=torch.float64), "error"
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"hypernet: {name}: expected a number, a list or a tensor, got {value!r}") from error
+        if out_of_range == "error":
+            if (outside := value[~self._is_inside(value)]).numel():
+                raise ValueError(f"hypernet: {name}: expected {self.low} to {self.high}, got {outside[0].item():g}")
+            out_of_range = "clamp"
         value = value.to(like.device, torch.promote_types(value.dtype, like.dtype))
         return value.clamp(self.low, self.high) if out_of_range == "clamp" else value
+
+    def _is_inside(self, value: Any) -> Any:
+        """Whether numbers are in the range, or beyond it by no more than its ends change as float32."""
+        slack = max(abs(self.low), abs(self.high)) * torch.finfo(torch.float32).eps
+        return (value >= self.low - slack) & (value <= self.high + slack)
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ class Choice:
         dim: length of the rows, which are then random directions, the same in every process; None: one-hot.
 
     Raises:
-        ValueError: for no values, or one that stands there twice.
+        ValueError: for no values, one that stands there twice, or a ``dim`` in which two would have one row.
 
     Example:
         >>> Choice(["cat", "dog"]).rows().tolist()
@@ -138,6 +151,8 @@ class Choice:
             raise ValueError(f"choice: values: expected at least one and each once, got {list(self.values)}")
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"choice: dim: expected at least 1 or None, got {self.dim}")
+        if len(self.rows().unique(dim=0)) < len(self.values):
+            raise ValueError(f"choice: dim: expected enough for {len(self.values)} different rows, got {self.dim}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,7 +172,10 @@ class Choice:
         return torch.randint(len(self.values), () if n is None else (n,), generator=generator, device=device)
 
     def read(self, name: str, value: Any, out_of_range: str, like: Tensor) -> Tensor:
-        """A value, a list of values or a tensor of positions as positions, () or (B,)."""
+        """A value, a list of values or a tensor of positions as positions, () or (B,).
+
+        Positions out of range are refused where looking costs nothing, on the CPU; elsewhere ``out_of_range`` decides.
+        """
         if not isinstance(value, Tensor):
             listed = isinstance(value, (list, tuple)) and value not in self.values
             positions = [self._position(name, each) for each in value] if listed else self._position(name, value)
@@ -165,8 +183,12 @@ class Choice:
         if value.is_floating_point() or value.dtype == torch.bool:
             raise TypeError(f"hypernet: {name}: expected positions in the choice's values, got {value.dtype}")
         last = len(self.values) - 1
-        if out_of_range == "error" and bool(((value < 0) | (value > last)).any()):
-            raise ValueError(f"hypernet: {name}: expected positions 0 to {last}, got {value.min()} to {value.max()}")
+        looks = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (looks or out_of_range == "error") and bool(((value < 0) | (value > last)).any()):
+            raise ValueError(
+                f"hypernet: {name}: expected positions 0 to {last}, got {value.min()} to {value.max()}; a value itself "
+                "is given as a number or word, not as a tensor"
+            )
         return (value.clamp(0, last) if out_of_range == "clamp" else value).to(like.device)
 
     def _position(self, name: str, value: Any) -> int:
@@ -203,8 +225,16 @@ class InputEncoding(nn.Module):
         out_of_range: str,
     ):
         super().__init__()
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"hypernetize: inputs: expected name -> range, got {inputs!r}; e.g. {{'angle': (0, 180)}}")
         if not inputs:
             raise ValueError("hypernetize: inputs: expected at least one, got none; e.g. {'angle': (0, 180)}")
+        for name in inputs:
+            if not (isinstance(name, str) and name.isidentifier()) or name in _TAKEN:
+                raise ValueError(
+                    f"hypernetize: inputs: expected names that can be keywords, and none of {', '.join(_TAKEN)}, got "
+                    f"{name!r}"
+                )
         for argument, given, allowed in [
             ("encoding", kind, tuple(_ENCODINGS)),
             ("norm", norm, ("unit", "per_dim")),
@@ -273,6 +303,9 @@ class InputEncoding(nn.Module):
             raise ValueError(f"hypernet: inputs: expected one batch size, got {shapes}")
         return next(iter(leads.values()), ())
 
+
+_TAKEN = ("self", "recalibrate")
+"""Keywords of HyperModel's own methods."""
 
 _ENCODINGS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "cos_sin": partial(magnitude_invariant_encoding, norm="per_dim"),

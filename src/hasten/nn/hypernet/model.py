@@ -8,20 +8,22 @@ layer, changes nothing but its initial value: the two are the same class of func
 import copy
 import inspect
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hasten.errors import did_you_mean
 from hasten.nn.hypernet.heads import ACTIVATIONS, HEADS, Head, Plan, size_of, within_budget
 from hasten.nn.hypernet.inputs import Choice, InputEncoding, Range
+from hasten.nn.hypernet.per_sample import WAYS, batch_norms, call_per_sample, way_for
+from hasten.nn.modes import modes_kept
 from hasten.nn.selection import ParameterChoice, select_parameters
 
 log = logging.getLogger(__name__)
@@ -35,11 +37,15 @@ class HyperModel(nn.Module):
     """A model whose chosen parameters depend on named inputs; built by :func:`hypernetize`.
 
     It is called as the model is, with the inputs as further keywords. One value of each for the whole batch costs one
-    generated set of weights; (B,) or (B, D) values give every sample weights of its own, and then tensor arguments
-    with B rows are mapped and all others shared. Outputs may be any pytree of tensors.
+    generated set of weights; (B,) or (B, D) values give every sample weights of its own. Then tensor arguments whose
+    first dimension is B are taken apart sample by sample and all others shared: a table or a mask whose first dimension
+    happens to be B, or a batch that stands second, is not what it seems. Outputs may be any pytree of tensors, each a
+    number or with the samples first.
 
     A forward draws nothing and never waits for the device, ``out_of_range="error"`` and ``per_sample="unique"`` apart.
-    Under torch.compile pass inputs as tensors: a Python number is a constant of the graph.
+    Under torch.compile pass inputs as tensors: a Python number is a constant of the graph. The generated weights are in
+    the model only while its forward runs: activation checkpointing inside of it, which runs parts of it again in the
+    backward, would find theta0 there. It is refused where the model says that it does so.
 
     Attributes:
         model: the object that was passed in; its parameters are theta0, its state_dict keys stand under "model.".
@@ -73,8 +79,18 @@ class HyperModel(nn.Module):
         self.names = tuple(names)
         self.per_sample = per_sample
         self.model_inputs = tuple(model_inputs)
-        self._arguments = _arguments(model)
-        self._batch_norms = _batch_norms(model)
+        self._arguments, self._takes_any = _arguments(model)
+        self._batch_norms = batch_norms(model)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module.
+
+        Raises:
+            RuntimeError: where the model has turned to activation checkpointing.
+        """
+        if mode:
+            _refuse_recomputation(self.model)
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the weights of the inputs, which are keywords; all else goes to the model.
@@ -85,16 +101,21 @@ class HyperModel(nn.Module):
             RuntimeError: for weights per sample in a model that is training its batch norms.
         """
         values = {name: kwargs.pop(name) for name in self.encoding.inputs if name in kwargs}
-        if self._arguments is not None and (unknown := [name for name in kwargs if name not in self._arguments]):
+        unknown = [name for name in kwargs if name not in self._arguments]
+        # a model that takes any keyword may take this one, unless an input is missing in its place
+        if unknown and not (self._takes_any and len(values) == len(self.encoding.inputs)):
             wanted = ", ".join(self.encoding.inputs)
             nearest = did_you_mean(unknown[0], [*self.encoding.inputs, *self._arguments])
             raise TypeError(f"hypernet: inputs: expected {wanted}, got {', '.join(unknown)}{nearest}")
         encoded = self._encoded(values)
-        for name in self.model_inputs:
-            kwargs[name] = self._as_passed(name, values[name])
+        passed = {name: self._as_passed(name, values[name]) for name in self.model_inputs}
+        kwargs |= passed
         if encoded.ndim == 1:
             return functional_call(self.model, self._theta(encoded), args, kwargs)
-        return self._call_per_sample(encoded, args, kwargs)
+        one_for_all = [value for name, value in passed.items() if not self._is_per_sample(name, value)]
+        return call_per_sample(
+            self.model, self.per_sample, self._theta, encoded, args, kwargs, self._batch_norms, one_for_all
+        )
 
     def generate(self, **inputs: Any) -> dict[str, Tensor]:
         """Theta by parameter name: its shape, or ``(B, *shape)`` where an input is per sample."""
@@ -123,7 +144,8 @@ class HyperModel(nn.Module):
             passed = {name: self._as_passed(name, inputs[name]) for name in self.model_inputs}
             hook = model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | passed), with_kwargs=True)
             try:
-                update_bn(recalibrate, model)
+                with modes_kept(model):
+                    update_bn(recalibrate, model)
             finally:
                 hook.remove()
         return model
@@ -168,12 +190,17 @@ class HyperModel(nn.Module):
 
     def _theta(self, encoded: Tensor) -> dict[str, Tensor]:
         # one sum for all tensors: one for each would cost a small network as much as its layers do
-        own = torch.cat([self.model.get_parameter(name).flatten() for name in self.names])
+        own = torch.cat([parameter.flatten() for parameter in self._own()])
         return self._by_name(own + self.hyper(encoded).to(own.dtype))
+
+    def _own(self) -> list[Tensor]:
+        """Theta0. By attribute, not get_parameter: under functional_call they are tensors that are no parameters."""
+        places = [name.rpartition(".") for name in self.names]
+        return [getattr(self.model.get_submodule(owner), leaf) for owner, _, leaf in places]
 
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """(..., P) -> a view for each name, (..., *shape), in the type of the parameter."""
-        own = [self.model.get_parameter(name) for name in self.names]
+        own = self._own()
         parts = flat.split([parameter.numel() for parameter in own], dim=-1)
         lead = flat.shape[:-1]
         return {
@@ -182,50 +209,14 @@ class HyperModel(nn.Module):
         }
 
     def _as_passed(self, name: str, value: Any) -> Any:
-        """An input as the model sees it: as it was given, but a list as the tensor that can be mapped."""
-        if isinstance(value, (Tensor, Real, str)):
+        """An input as the model sees it: a number or tensor as given, a list as a tensor, a choice as its position."""
+        given = self.encoding.inputs[name]
+        if isinstance(value, Tensor) or (isinstance(given, Range) and isinstance(value, Real)):
             return value
-        return self.encoding.inputs[name].read(name, value, "error", self._like())
+        return given.read(name, value, "error", self._like())
 
-    def _call_per_sample(self, encoded: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Each sample through weights of its own, (B, e); the outputs are those of one call with B rows."""
-        leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        mapped = [
-            i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == encoded.shape[:1]
-        ]
-        if tensors and not mapped:
-            raise ValueError(
-                f"hypernet: inputs: expected as many as an argument has rows, got {len(encoded)} and arguments of "
-                f"shape {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}; pass one value for the whole batch"
-            )
-        rest: list[Any] = []  # of the outputs: what is no tensor, and the structure
-
-        def call(theta: dict[str, Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
-            filled = list(leaves)
-            for i, row in zip(mapped, rows, strict=True):
-                filled[i] = row
-            call_args, call_kwargs = tree_unflatten(filled, structure)
-            flat, spec = tree_flatten(functional_call(self.model, theta, call_args, call_kwargs))
-            # vmap takes tensors alone; anything else, None perhaps, is the same for every sample
-            rest[:] = [spec, *(_A_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in flat)]
-            return [leaf for leaf in flat if isinstance(leaf, Tensor)]
-
-        if self.per_sample != "unique":
-            self._refuse_training_batch_norms()
-        outputs = iter(_PER_SAMPLE[self.per_sample](call, self._theta, encoded, [leaves[i] for i in mapped]))
-        spec, *flat = rest
-        return tree_unflatten([next(outputs) if leaf is _A_TENSOR else leaf for leaf in flat], spec)
-
-    def _refuse_training_batch_norms(self) -> None:
-        for name in self._batch_norms:
-            norm = self.model.get_submodule(name)
-            if norm.training and getattr(norm, "running_mean", None) is not None:
-                raise RuntimeError(
-                    f"hypernet: {name}: expected no batch norm in training mode with weights per sample, got one that "
-                    "keeps running statistics; use GroupNorm, one input a batch (draw='batch'), "
-                    "per_sample='unique', or torch.func.replace_all_batch_norm_modules_(model)"
-                )
+    def _is_per_sample(self, name: str, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > len(self.encoding.inputs[name].shape)
 
 
 def hypernetize(
@@ -288,13 +279,16 @@ def hypernetize(
         >>> hyper(torch.randn(2, 1, 8, 8), angle=30.0, noise=0.1).shape, hyper.names
         (torch.Size([2, 10]), ('0.weight', '0.bias'))
     """
-    if isinstance(model, HyperModel):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hypernetize: model: expected an nn.Module, got {type(model).__name__}")
+    if any(isinstance(part, HyperModel) for part in model.modules()):
         raise ValueError("hypernetize: model: expected a plain module, got a HyperModel; pass its .model")
+    _refuse_recomputation(model)
     for argument, given, allowed in [
         ("activation", activation, ACTIVATIONS),
         ("init", init, ("fan_out", "zero")),
         ("base_init", base_init, ("keep", "kaiming")),
-        ("per_sample", per_sample, ("auto", *_PER_SAMPLE)),
+        ("per_sample", per_sample, ("auto", *WAYS)),
     ]:
         if given not in allowed:
             raise ValueError(f"hypernetize: {argument}: expected one of {', '.join(allowed)}, got {given!r}")
@@ -303,10 +297,10 @@ def hypernetize(
     head = within_budget(head, _shapes(chosen), hidden[-1], max_dense_params, _shapes(_norms(model)))
     encode = InputEncoding(inputs, kind=encoding, norm=norm, out_of_range=out_of_range)
     _check_arguments(model, encode.inputs, model_inputs)
-    per_sample = _resolved(model, per_sample)
-    if batch_norms := _batch_norms(model):
+    per_sample = way_for(model, per_sample)
+    if norms := batch_norms(model):
         warnings.warn(
-            f"hypernetize: {batch_norms[0]}: running statistics of batch norms will mix all inputs; re-estimate them "
+            f"hypernetize: {norms[0]}: running statistics of batch norms will mix all inputs; re-estimate them "
             "with materialize(recalibrate=batches), or use GroupNorm",
             stacklevel=2,
         )
@@ -396,48 +390,37 @@ def _shapes(parameters: Mapping[str, nn.Parameter]) -> list[tuple[int, ...]]:
 
 
 def _check_hidden(hidden: Sequence[int]) -> None:
+    widths = isinstance(hidden, Sequence) and all(isinstance(width, int) for width in hidden)
+    if not widths:
+        raise TypeError(f"hypernetize: hidden: expected a list of widths, got {hidden!r}; e.g. [16, 64, 128]")
     if not hidden or min(hidden) < 1:
         raise ValueError(f"hypernetize: hidden: expected at least one width, each at least 1, got {tuple(hidden)}")
 
 
-def _arguments(model: nn.Module) -> frozenset[str] | None:
-    """The keywords that a model's forward takes; None where it takes any."""
+def _arguments(model: nn.Module) -> tuple[frozenset[str], bool]:
+    """The keywords that a model's forward names, and whether it takes any other."""
     parameters = inspect.signature(model.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL)
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = frozenset(parameter.name for parameter in parameters if parameter.kind not in open_ended)
+    return named, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _check_arguments(model: nn.Module, inputs: Iterable[str], model_inputs: Sequence[str]) -> None:
-    arguments = _arguments(model)
+    arguments, takes_any = _arguments(model)
     forward = f"{type(model).__name__}.forward"
+    if isinstance(model_inputs, str):
+        raise TypeError(f"hypernetize: model_inputs: expected a list of names, got {model_inputs!r}")
     for name in model_inputs:
         if name not in inputs:
             raise ValueError(f"hypernetize: model_inputs: expected names of inputs, got {name!r}")
-        if arguments is not None and name not in arguments:
+        if name not in arguments and not takes_any:
             raise ValueError(f"hypernetize: model_inputs: expected arguments of {forward}, got {name!r}")
     for name in inputs:
-        if name in (arguments or ()) and name not in model_inputs:
+        if name in arguments and name not in model_inputs:
             raise ValueError(
                 f"hypernetize: inputs: expected a name that {forward} does not take, got {name!r}; rename it, or list "
                 "it in model_inputs if the model is to see it too"
             )
-
-
-def _resolved(model: nn.Module, per_sample: str) -> str:
-    recurrent = [name for name, module in model.named_modules() if isinstance(module, (nn.RNNBase, nn.LSTMCell))]
-    if recurrent and per_sample == "vmap":
-        raise ValueError(
-            f"hypernetize: per_sample: expected 'loop' or 'unique' for the recurrent layer {recurrent[0]!r}, which "
-            "vmap cannot serve, got 'vmap'; use per_sample='loop'"
-        )
-    return ("loop" if recurrent else "vmap") if per_sample == "auto" else per_sample
-
-
-def _batch_norms(model: nn.Module) -> list[str]:
-    """Names of the layers that keep statistics of what they see; instance norms may."""
-    norms = nn.modules.batchnorm._NormBase
-    return [name for name, layer in model.named_modules() if isinstance(layer, norms) and layer.track_running_stats]
 
 
 @torch.no_grad()
@@ -451,57 +434,28 @@ def _initialize_base(
             parameter.zero_()
         elif base_init == "kaiming" and isinstance(owner, _LAYERS):
             if parameter.ndim > 1:
-                drawn = torch.empty_like(parameter, device="cpu")
-                parameter.copy_(nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator))
+                std = math.sqrt(2) / math.sqrt(_fan_in(owner, parameter))
+                parameter.copy_(torch.empty_like(parameter, device="cpu").normal_(std=std, generator=generator))
             else:
                 parameter.zero_()
     if not residual:
         log.warning("hypernetize: residual=False: %d parameters of the model were set to 0 in place", len(chosen))
 
 
-_Call = Callable[[dict[str, Tensor], Sequence[Tensor]], list[Tensor]]
-"""(weights by name, tensors of n rows) -> the output's tensors: one call of the model."""
-
-_Theta = Callable[[Tensor], dict[str, Tensor]]
-"""E, (B, e) -> weights by name, (B, *shape)."""
-
-_A_TENSOR = object()
+def _fan_in(layer: nn.Module, weight: Tensor) -> int:
+    """How many inputs each output of a layer is a sum over, strides apart."""
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # its weight is (C_in, C_out / groups, ...)
+        return weight.shape[0] // layer.groups * weight[0, 0].numel()
+    return weight[0].numel()
 
 
-def _vmapped(call: _Call, theta: _Theta, encoded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    def of_one(weights: dict[str, Tensor], row: Sequence[Tensor]) -> list[Tensor]:
-        return call(weights, [part.unsqueeze(0) for part in row])
-
-    outputs = vmap(of_one, randomness="different")(theta(encoded), rows)
-    return [output if output.ndim == 1 else output.flatten(0, 1) for output in outputs]
-
-
-def _looped(call: _Call, theta: _Theta, encoded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    weights = {name: stacked.unbind() for name, stacked in theta(encoded).items()}
-    calls = [
-        call({name: each[b] for name, each in weights.items()}, [row[b : b + 1] for row in rows])
-        for b in range(len(encoded))
-    ]
-    return [torch.cat(parts) if parts[0].ndim else torch.stack(parts) for parts in zip(*calls, strict=True)]
-
-
-def _grouped(call: _Call, theta: _Theta, encoded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    """One call for all samples with the same input."""
-    _, group, sizes = encoded.detach().unique(dim=0, return_inverse=True, return_counts=True)
-    order = group.argsort(stable=True)
-    members = order.split(sizes.tolist())
-    weights = {name: each.unbind() for name, each in theta(torch.stack([encoded[m[0]] for m in members])).items()}
-    calls = []
-    for k, samples in enumerate(members):
-        outputs = call({name: each[k] for name, each in weights.items()}, [row[samples] for row in rows])
-        if wrong := [tuple(output.shape) for output in outputs if output.shape[:1] != samples.shape]:
-            raise ValueError(
-                f"hypernet: per_sample: expected outputs with a row for each of {len(samples)} samples for 'unique', "
-                f"got shape {wrong[0]}; use per_sample='loop'"
-            )
-        calls.append(outputs)
-    back = order.argsort()
-    return [torch.cat(parts)[back] for parts in zip(*calls, strict=True)]
-
-
-_PER_SAMPLE = {"vmap": _vmapped, "loop": _looped, "unique": _grouped}
+def _refuse_recomputation(model: nn.Module) -> None:
+    """Refuse activation checkpointing, as timm, transformers and torchvision name it: see HyperModel."""
+    for name, part in model.named_modules():
+        for flag in ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint"):
+            if getattr(part, flag, False) is True:
+                raise RuntimeError(
+                    f"hypernet: {f'{name}.{flag}'.lstrip('.')}: expected no activation checkpointing inside of the "
+                    "model, whose backward would find other weights there, got True; turn it off, or recompute the "
+                    "whole call by torch.utils.checkpoint"
+                )
