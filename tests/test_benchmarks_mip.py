@@ -47,14 +47,21 @@ def test_it_goes_on_where_it_was_stopped_and_writes_rows_a_plot_and_a_table(mip,
     assert "| default |" in capsys.readouterr().out
 
 
-def _results(mip, default, trained):
-    """Rows of one seed: (accuracy, loss) of default under SGD and Adam, and of mip."""
-    results = importlib.import_module("common").Results(Path("none.json"), {"sizes": {"trained": 0.5}}, "")
+def _empty(data):
+    protocol = {"data": data, "sizes": {"trained": 0.5, "target": 0.8}}
+    return importlib.import_module("common").Results(Path("none.json"), protocol, "")
+
+
+def _results(mip, default, trained, *, data="pets", by=500):
+    """Rows of one seed: (accuracy, loss) of default under SGD and Adam, and of mip, which has it by a step."""
+    results = importlib.import_module("common").Results(
+        Path("none.json"), {"data": data, "sizes": {"trained": 0.5}}, ""
+    )
     for variant, by_kind in (("default", default), ("mip", trained)):
         for optimizer, (kind, _) in mip.OPTIMIZERS.items():
             accuracy, loss = by_kind[kind]
             row = {"claim": mip.CLAIM, "variant": variant, "optimizer": optimizer, "seed": 0}
-            results.rows.append(row | {"accuracy": accuracy, "value": loss})
+            results.rows.append(row | {"accuracy": accuracy, "value": loss, "curve": [[by, accuracy]]})
     return results
 
 
@@ -69,8 +76,20 @@ def test_the_check_names_what_is_not_shown(mip):
     assert len(found) == 4
 
 
+def test_the_check_of_the_digits_asks_when_mip_is_trained_and_how_well(mip):
+    default = {"sgd": (0.1, 2.3), "adam": (0.6, 0.9)}
+    slow = mip.failures(_results(mip, default, {"sgd": (0.9, 0.3), "adam": (0.84, 0.3)}, data="digits", by=280))
+    assert slow == [
+        "SGD 0.03, seed 0: expected mip at 0.5 by step 260, got it by step 280",
+        "Adam 2e-3, seed 0: expected an accuracy of 0.85 for mip, got 0.84",
+    ]
+    assert mip.failures(_results(mip, default, {"sgd": (0.9, 0.3), "adam": (0.9, 0.3)}, data="digits", by=260)) == []
+
+
 def test_the_check_without_the_variants_it_compares_says_so(mip):
-    results = importlib.import_module("common").Results(Path("none.json"), {"sizes": {"trained": 0.5}}, "")
+    results = importlib.import_module("common").Results(
+        Path("none.json"), {"data": "digits", "sizes": {"trained": 0.5}}, ""
+    )
     assert mip.failures(results) == ["check: expected the variants default and mip with SGD 0.03; run them first"]
 
 
@@ -89,7 +108,7 @@ def test_photographs_have_a_file_of_their_own(mip, tmp_path):
 
 
 def test_variants_are_set_beside_mip_seed_by_seed(mip):
-    results = importlib.import_module("common").Results(Path("none.json"), {"sizes": {"target": 0.8}}, "")
+    results = _empty("digits")
     for variant, losses in (("mip", (0.2, 0.4, None)), ("default", (0.5, 0.8, 0.9))):
         for seed, loss in enumerate(losses):
             of_run = {"variant": variant, "optimizer": "SGD 0.1", "seed": seed, "value": loss}
