@@ -237,6 +237,18 @@ def test_the_pictures_are_curves_of_the_last_validation():
     assert not pictures["loss_over_scale"].equal(pictures["loss_over_kind"])
 
 
+def test_values_that_look_alike_in_short_are_named_in_full():
+    logged = _validated(_module(inputs={"scale": (1_000_000, 1_000_008)}, grid=9, loss=_anything), _loader())
+    assert {"val/loss@scale=1000000.0", "val/loss@scale=1000001.0"} <= logged.keys()
+    assert sum(name.startswith("val/loss@") for name in logged) == 9
+    logged = _validated(_module(inputs={"kind": Choice([1, "1"])}, loss=_anything), _loader())
+    assert {"val/loss@kind=1", "val/loss@kind='1'"} <= logged.keys()
+
+
+def _anything(output, target):
+    return output.sum()
+
+
 def test_the_ensemble_sees_the_outputs_at_all_points_of_the_grid():
     class Outputs(MeanMetric):
         def update(self, outputs, target):

@@ -351,7 +351,7 @@ def _grid(
     axes = {}
     for name, given in inputs.items():
         values = _spread(given, grid)
-        labels = [str(c) for c in given.values] if isinstance(given, Choice) else [f"{v:g}" for v in values.tolist()]
+        labels = _labels(list(given.values) if isinstance(given, Choice) else values.tolist())
         for i in range(dims[name]):
             axes[name if dims[name] == 1 else f"{name}[{i}]"] = (values, labels)
     indices = list(product(*(range(len(values)) for values, _ in axes.values())))
@@ -375,6 +375,12 @@ def _spread(given: Range | Choice, n: int) -> Tensor:
     if isinstance(given, Choice):
         return torch.arange(len(given.values))
     return replace(given, dim=1, sampler=lambda shape, _: torch.linspace(0, 1, n)).sample(n)
+
+
+def _labels(values: list[Any]) -> list[str]:
+    """Values as metrics are named by them: as short as tells them apart."""
+    short = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    return short if len(set(short)) == len(short) else [repr(value) for value in values]
 
 
 def _rows(batch: Any) -> int:
