@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedu
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from hasten.nn import timm_model
 from hasten.nn.protocols import LossTerm
 from hasten.nn.sharding import shard
 from hasten.optim import configure_optimizers, parameter_groups
@@ -67,7 +68,7 @@ class Classification(LightningModule):
             raise ValueError(f"classification: label_smoothing: expected in [0, 1), got {label_smoothing}")
         if min(mixup, cutmix) < 0:
             raise ValueError(f"classification: mixup and cutmix: expected >= 0, got {mixup} and {cutmix}")
-        self.model = _timm_model(model, num_classes) if isinstance(model, str) else model
+        self.model = timm_model(model, num_classes=num_classes) if isinstance(model, str) else model
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.label_smoothing = label_smoothing
@@ -141,19 +142,9 @@ class Classification(LightningModule):
         self.log(f"{split}/acc", accuracy, on_epoch=True, batch_size=size)
 
 
-def _timm_model(name: str, num_classes: int) -> nn.Module:
-    import timm  # noqa: PLC0415 - seconds of import for those who name a timm model only
-    from timm.models import list_models  # noqa: PLC0415
-
-    if name.split(".")[0] not in list_models():
-        near = ", ".join(list_models(f"*{name}*")[:5]) or "none; see timm.list_models()"
-        raise ValueError(f"classification: model: timm has no {name!r}; near: {near}")
-    return timm.create_model(name, num_classes=num_classes)
-
-
 def _mix(mixup: float, cutmix: float, label_smoothing: float, num_classes: int):
     if mixup == cutmix == 0:
         return None
-    from timm.data.mixup import Mixup  # noqa: PLC0415 - as above
+    from timm.data.mixup import Mixup  # noqa: PLC0415 - seconds of import for those who mix only
 
     return Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes)

@@ -30,7 +30,7 @@ def timm_model(model_name: str, *, checkpoint: str | Path | None = None, **argum
         arguments: of ``timm.create_model``.
 
     Raises:
-        ValueError: for a checkpoint that cannot be read or does not fit.
+        ValueError: for a name that timm does not know, and a checkpoint that cannot be read or does not fit.
 
     Example:
         >>> timm_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10).num_classes
@@ -38,6 +38,9 @@ def timm_model(model_name: str, *, checkpoint: str | Path | None = None, **argum
     """
     import timm  # noqa: PLC0415 - seconds of import for those who build a timm model only
 
+    if model_name.split(".")[0] not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{model_name}*")[:5]) or "none; see timm.list_models()"
+        raise ValueError(f"model: timm has no {model_name!r}; near: {near}")
     model = timm.create_model(model_name, **arguments)
     if checkpoint is not None:
         state, kind = read_weights(Path(checkpoint), model.state_dict(), owner=model_name)

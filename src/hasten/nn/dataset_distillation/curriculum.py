@@ -114,8 +114,12 @@ def grand(
     Source: Deep Learning on a Data Diet, arXiv:2107.07075.
 
     Example:
-        >>> from functools import partial
-        >>> scores = partial(grand, batch_size=32)
+        >>> from types import SimpleNamespace
+        >>> images, labels = torch.randn(4, 1, 8, 8), torch.arange(4) % 2
+        >>> data = SimpleNamespace(train_images=images.__getitem__, train_labels=labels, num_classes=2)
+        >>> model = FlatModel(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)))
+        >>> grand(model, [model.drawn(seed=0)], data).shape
+        torch.Size([4])
     """
 
     def loss(theta: Tensor, image: Tensor, target_logits: Tensor) -> Tensor:
