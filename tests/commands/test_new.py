@@ -23,6 +23,7 @@ FILES = {
     "tests/callbacks/test_edge_noise.py",
     "benchmarks/edge_noise.py",
 }
+FOLDER = "src/hasten/callbacks/dataset_distillation"
 EXPORTS = {"src/hasten/functional/__init__.py", "src/hasten/callbacks/__init__.py"}
 
 
@@ -34,7 +35,7 @@ def clone(tmp_path, monkeypatch):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     for path in [*EXPORTS, "pyproject.toml", "src/hasten/functional/timesteps.py", "src/hasten/functional/draws.py"]:
         shutil.copy(ROOT / path, tmp_path / path)
-    (tmp_path / "src/hasten/callbacks/dataset_distillation").mkdir()
+    shutil.copytree(ROOT / FOLDER, tmp_path / FOLDER)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -69,11 +70,37 @@ def test_a_family_that_there_is_gets_the_formula_at_its_end(clone):
     assert "family: timesteps" in after["src/hasten/cards/edge_noise.md"]
 
 
-def test_the_shell_of_a_family_with_a_folder_goes_there(clone):
+@pytest.mark.parametrize("family", ["dataset_distillation", "edges"])
+def test_the_shell_of_a_family_goes_to_its_folder_which_is_made_where_there_is_none(clone, family):
+    before = _texts(clone)
+    assert main(["new", "edge_noise", "--family", family]) == 0
+    after = _texts(clone)
+    shells = {path for path in after.keys() - before.keys() if "/callbacks/" in path and path.startswith("src")}
+    package = set() if family == "dataset_distillation" else {"src/hasten/callbacks/edges/__init__.py"}
+    config = "src/hasten/configs/callbacks/edge_noise.yaml"
+    assert shells == {f"src/hasten/callbacks/{family}/edge_noise.py", config} | package
+    exported = after["src/hasten/callbacks/__init__.py"]
+    assert f"from hasten.callbacks.{family}.edge_noise import EdgeNoise\n" in exported
+    assert "tests/callbacks/test_edge_noise.py" in after
+
+
+def test_a_folder_without_its_init_gets_one_and_one_that_is_there_stays(clone):
+    text = (clone / FOLDER / "__init__.py").read_text()
     assert main(["new", "edge_noise", "--family", "dataset_distillation"]) == 0
-    assert (clone / "src/hasten/callbacks/dataset_distillation/edge_noise.py").is_file()
-    exported = (clone / "src/hasten/callbacks/__init__.py").read_text()
-    assert "from hasten.callbacks.dataset_distillation.edge_noise import EdgeNoise\n" in exported
+    assert (clone / FOLDER / "__init__.py").read_text() == text
+    (clone / FOLDER / "__init__.py").unlink()
+    assert main(["new", "edge_blur", "--family", "dataset_distillation"]) == 0
+    assert (clone / FOLDER / "__init__.py").read_text() == '"""The callbacks of dataset distillation."""\n'
+
+
+def test_a_family_never_hides_a_file_and_a_method_never_a_folder(clone, capsys):
+    (clone / "src/hasten/callbacks/edges.py").write_text("")
+    before = _texts(clone)
+    assert main(["new", "edge_noise", "--family", "edges"]) == 1
+    assert "got 'edges', which would hide src/hasten/callbacks/edges.py; move that file" in capsys.readouterr().err
+    assert main(["new", "dataset_distillation"]) == 1
+    assert f"there is {FOLDER}; is that its --family?" in capsys.readouterr().err
+    assert _texts(clone) == before
 
 
 @pytest.mark.parametrize(
@@ -120,9 +147,9 @@ def test_a_write_that_fails_half_way_leaves_nothing(clone, capsys, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails_at_the_last)
-    assert main(["new", "edge_noise"]) == 1
+    assert main(["new", "edge_noise", "--family", "edges"]) == 1
     assert "No space left on device; nothing was written" in capsys.readouterr().err
-    assert _texts(clone) == before
+    assert _texts(clone) == before and not (clone / "src/hasten/callbacks/edges").exists()
 
 
 def test_a_folder_that_is_missing_is_said_and_nothing_written(clone, capsys):

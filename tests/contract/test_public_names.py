@@ -72,10 +72,21 @@ def test_notebooks_carry_no_outputs():
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path.name
 
 
+FOLDERS = sorted({path.parent for path in (ROOT / "src" / "hasten").rglob("*.py")})
+
+
 def test_a_folder_keeps_to_fifteen_files():
-    crowded = {
-        str(folder.relative_to(ROOT)): len(list(folder.glob("*.py")))
-        for folder in (ROOT / "src" / "hasten").rglob("*")
-        if folder.is_dir() and len(list(folder.glob("*.py"))) > 16  # __init__.py apart
-    }
-    assert crowded == {}, "beyond 15 files a folder gets family packages; public names stay re-exported"
+    for folder in FOLDERS:
+        own = sorted(path.name for path in folder.glob("*.py") if not path.name.startswith("_"))
+        at = folder.relative_to(ROOT)
+        assert len(own) <= 15, (
+            f"{at}: expected 15 files that do not begin with _, got {len(own)}: {', '.join(own)}; move those of one "
+            f"family to {at}/<family>/, with an __init__.py, and import their names in {at}/__init__.py from there"
+        )
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_folder_of_modules_is_a_package(folder):
+    at = folder.relative_to(ROOT)
+    missing = f"{at}: expected an __init__.py, got none; without it lint-imports sees no import of the folder"
+    assert (folder / "__init__.py").is_file(), missing

@@ -10,6 +10,7 @@ import keyword
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,14 +26,16 @@ def main(words: Sequence[str]) -> int:
         "new", "In a clone of hasten: the files of a new method, from a template, and what is owed in each."
     )
     parser.add_argument("name", nargs="?", metavar="METHOD", help="words in small letters, joined by _: edge_noise")
-    parser.add_argument("--family", metavar="FAMILY", help="the file of functional/ it belongs to; default: its own")
+    parser.add_argument(
+        "--family", metavar="FAMILY", help="its file of functional/ and folder of callbacks/; default: no others"
+    )
     asked = _words.parsed(parser, words)
     if asked is None:
         return 0
     if not asked.name:
         raise HastenError("new: expected the name of a method, got nothing; try: hasten new edge_noise")
     root = _clone()
-    written = method_files(root, asked.name, asked.family or asked.name)
+    written = method_files(root, asked.name, asked.family)
     changed = [path for path in written if (root / path).exists()]
     _write(root, written)
     width = max(len(str(path)) for path in written)
@@ -48,19 +51,22 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def method_files(root: Path, name: str, family: str) -> dict[Path, str]:
+def method_files(root: Path, name: str, family: str | None = None) -> dict[Path, str]:
     """What the method consists of, path in the clone -> text; of files that are there already, their new text.
+
+    Its callback stands in the folder of its ``family``, beside the others where it has none.
 
     Raises:
         HastenError: for a name that is none or is taken; nothing is written here.
     """
     _check_word("METHOD", name)
+    in_folder, family = family is not None, family or name
     _check_word("--family", family)
     title = "".join(word.capitalize() for word in name.split("_"))
     package = Path("src", "hasten")
     formulas = package / "functional" / f"{family}.py"
     shells = package / "callbacks"
-    inner = f"{family}.{name}" if (root / shells / family).is_dir() else name
+    inner = f"{family}.{name}" if in_folder else name
     new = {
         shells / f"{inner.replace('.', '/')}.py": "callback.py",
         package / "configs" / "callbacks" / f"{name}.yaml": "callback.yaml",
@@ -73,6 +79,14 @@ def method_files(root: Path, name: str, family: str) -> dict[Path, str]:
     for path in new:
         if (root / path).exists():
             raise HastenError(f"new: {name}: expected a new name, there is {path}")
+    # of a folder and a file of one name, Python takes the folder
+    if in_folder and (root / shells / f"{family}.py").exists():
+        raise HastenError(
+            f"new: --family: expected the name of a folder, got {family!r}, which would hide {shells / family}.py; "
+            "move that file into the folder, or name another family"
+        )
+    if not in_folder and (root / shells / name).is_dir():
+        raise HastenError(f"new: {name}: expected a new name, there is {shells / name}; is that its --family?")
     if importlib.util.find_spec(name) is not None:
         raise HastenError(f"new: {name}: expected a name of its own, got that of a Python package, which it would hide")
 
@@ -89,6 +103,9 @@ def method_files(root: Path, name: str, family: str) -> dict[Path, str]:
         if not re.search(r"^from torch import .*\bTensor\b", before, flags=re.MULTILINE):
             raise HastenError(f"new: --family: expected a file of formulas, which import Tensor, got {formulas}")
     texts = {formulas: before + filled("function.py")} | {path: filled(template) for path, template in new.items()}
+    marker = shells / family / "__init__.py"
+    if in_folder and not (root / marker).exists():
+        texts[marker] = filled("family.py")
     for exports, module, export in (
         (package / "functional" / "__init__.py", f"hasten.functional.{family}", name),
         (package / "callbacks" / "__init__.py", f"hasten.callbacks.{inner}", title),
@@ -152,10 +169,16 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _write(root: Path, texts: Mapping[Path, str]) -> None:
-    """All files or none: first beside their places, then into them; what was there comes back where one fails."""
+    """All files or none: first beside their places, then into them; what was there comes back where one fails.
+
+    A folder is made for its ``__init__.py`` alone: another one that is missing says that the clone is not whole.
+    """
+    folders = [path.parent for path in texts if path.name == "__init__.py" and not (root / path).parent.exists()]
     beside = {path: (root / path).with_name(f".{path.name}.new") for path in texts}
     there: dict[Path, str | None] = {}
     try:
+        for folder in folders:
+            (root / folder).mkdir()
         for path, text in texts.items():
             beside[path].write_text(text, encoding="utf-8")
         for path in texts:
@@ -172,3 +195,6 @@ def _write(root: Path, texts: Mapping[Path, str]) -> None:
     finally:
         for path in beside.values():
             path.unlink(missing_ok=True)
+        for folder in folders:
+            with suppress(OSError):  # it holds files, unless a write has failed
+                (root / folder).rmdir()
