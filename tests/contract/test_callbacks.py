@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import hasten.callbacks
 from hasten.errors import HastenError
+from hasten.run import checkpoint_of
 
 FOLDER = Path(__file__).parents[1] / "callbacks"
 NAMES = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in hasten.callbacks.__all__}
@@ -129,6 +130,25 @@ def test_the_state_of_a_callback_loads_weights_only_and_is_taken_up(name, tmp_pa
     torch.save(states[-1], file)
     file.seek(0)
     _attached(name, tmp_path)[0].load_state_dict(torch.load(file, weights_only=True))
+
+
+class Saves(Callback):
+    """A checkpoint after the first step."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_has_the_keys_of_the_module_as_it_was_built(name, tmp_path):
+    callback, module, data = _attached(name, tmp_path)
+    path = tmp_path / "first.ckpt"
+    _fit(_trainer(tmp_path, callback, Saves(path)), module, data)
+    assert checkpoint_of(str(path), _attached(name, tmp_path)[1])  # anything else is refused
 
 
 class Bare(lightning.LightningModule):
