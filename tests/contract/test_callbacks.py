@@ -6,8 +6,8 @@ the data to fit it on.
 
 import importlib
 import importlib.util
-import io
 import re
+import shutil
 from pathlib import Path
 
 import lightning
@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 import hasten.callbacks
@@ -43,15 +44,15 @@ def _trainer(folder, *callbacks, **settings):
     )  # fmt: skip
 
 
-def _fit(trainer, module, data):
+def _fit(trainer, module, data, **settings):
     if isinstance(data, lightning.LightningDataModule):
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, **settings)
     else:
-        trainer.fit(module, data)
+        trainer.fit(module, data, **settings)
 
 
 def _traces(module: nn.Module) -> dict:
-    """What a callback could leave behind: attributes, hooks, keys of the state_dict, modes."""
+    """What a callback could leave behind: attributes, hooks, keys of the state_dict, modes, what is frozen."""
     hooks = [
         "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
         "_load_state_dict_pre_hooks",
@@ -69,6 +70,7 @@ def _traces(module: nn.Module) -> dict:
             sorted(set(vars(part)) - lightnings),
             {hook: len(getattr(part, hook)) for hook in hooks},
             part.training,
+            {own: parameter.requires_grad for own, parameter in part.named_parameters(recurse=False)},
         )
         for name, part in module.named_modules()
     } | {"state_dict": sorted(module.state_dict())}
@@ -101,10 +103,21 @@ def test_a_callback_leaves_the_module_as_it_found_it_after_an_exception(name, tm
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_callback_serves_two_fits(name, tmp_path):
-    callback, module, data = _attached(name, tmp_path)
-    _fit(_trainer(tmp_path, callback), module, data)
-    _fit(_trainer(tmp_path, callback), _attached(name, tmp_path)[1], data)
+def test_a_callback_serves_a_second_fit_as_a_fresh_one_does(name, tmp_path):
+    folder, written = tmp_path / "fits", tmp_path / "written"
+    folder.mkdir()
+    used, module, data = _attached(name, folder)
+    _fit(_trainer(folder, used), module, data)
+    shutil.copytree(folder, written)
+    weights = []
+    for serves_again in (True, False):
+        shutil.rmtree(folder)
+        shutil.copytree(written, folder)  # some go on with the files of the fit before
+        lightning.seed_everything(1, verbose=False)
+        fresh, module, data = _attached(name, folder)
+        _fit(_trainer(folder, used if serves_again else fresh), module, data)
+        weights.append(dict(module.named_parameters()) | dict(module.named_buffers()))
+    torch.testing.assert_close(*weights, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,27 +129,14 @@ def test_undoing_is_safe_without_a_set_up_and_twice(name, tmp_path):
         callback.teardown(trainer, module, "fit")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_state_of_a_callback_loads_weights_only_and_is_taken_up(name, tmp_path):
-    callback, module, data = _attached(name, tmp_path)
-    states = []
-
-    class Reads(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            states.append(callback.state_dict())
-
-    _fit(_trainer(tmp_path, callback, Reads()), module, data)
-    file = io.BytesIO()
-    torch.save(states[-1], file)
-    file.seek(0)
-    _attached(name, tmp_path)[0].load_state_dict(torch.load(file, weights_only=True))
-
-
 class Saves(Callback):
-    """A checkpoint after the first step."""
+    """A checkpoint after the first step, and the state of a ``callback`` when the fit begins."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, callback):
+        self.path, self.callback, self.at_start = path, callback, None
+
+    def on_train_start(self, trainer, pl_module):
+        self.at_start = self.callback.state_dict()
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if not self.path.exists():
@@ -144,10 +144,27 @@ class Saves(Callback):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_state_of_a_callback_loads_weights_only_and_is_taken_up(name, tmp_path):
+    path = tmp_path / "first.ckpt"
+    for settings in ({}, {"ckpt_path": path, "weights_only": True}):
+        callback, module, data = _attached(name, tmp_path)
+        saves = Saves(path, callback)
+        _fit(_trainer(tmp_path, callback, saves), module, data, **settings)
+    saved = torch.load(path, weights_only=True)["callbacks"].get(callback.state_key, {})
+    (wanted, form), (found, found_form) = tree_flatten(saved), tree_flatten(saves.at_start)
+    assert found_form == form
+    for one, other in zip(found, wanted, strict=True):
+        if isinstance(one, str | bool | None):
+            assert one == other
+        else:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_has_the_keys_of_the_module_as_it_was_built(name, tmp_path):
     callback, module, data = _attached(name, tmp_path)
     path = tmp_path / "first.ckpt"
-    _fit(_trainer(tmp_path, callback, Saves(path)), module, data)
+    _fit(_trainer(tmp_path, callback, Saves(path, callback)), module, data)
     assert checkpoint_of(str(path), _attached(name, tmp_path)[1])  # anything else is refused
 
 
