@@ -34,6 +34,13 @@ class Card:
         """What it saves (a method) or gives (a tool), in one line."""
         return self.front["saves" if self.kind == "method" else "gives"]
 
+    @property
+    def known_as(self) -> list[str]:
+        """What people call it besides its name: its title, its family, its papers."""
+        title = next((line.removeprefix("# ") for line in self.text.splitlines() if line.startswith("# ")), "")
+        papers = [self.front.get("paper", ""), *self.front.get("papers", {}).values()]
+        return [title, self.front.get("family", ""), *papers]
+
     def paper_of(self, experiment: str) -> str:
         """What a run of ``experiment`` cites: the method's paper, or that of a relative with a word in ``papers``."""
         return self.front.get("papers", {}).get(experiment.partition("_")[0], self.front["paper"])

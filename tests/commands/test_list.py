@@ -18,7 +18,10 @@ def _printed(capsys, *words: str) -> str:
 def test_without_a_word_it_shows_methods_experiments_and_data(capsys):
     printed = _printed(capsys)
     titles = [line for line in printed.splitlines() if line and not line.startswith(" ")]
-    assert titles == ["Methods and tools", "Experiments", "Data"]
+    families = sorted(
+        {f"Methods: {card.front['family']}" for card in registry.cards().values() if card.kind == "method"}
+    )
+    assert titles == [*families, "Tools", "Experiments", "Data"]
     for names in (registry.cards(), registry.group("experiment"), registry.group("data")):
         for name in names:
             assert f"  {name} " in printed
@@ -27,9 +30,25 @@ def test_without_a_word_it_shows_methods_experiments_and_data(capsys):
 def test_a_word_is_looked_for_in_names_and_summaries_whatever_its_case(capsys):
     lines = _printed(capsys, "TrajeCtory").splitlines()
     found = [line for line in lines if line.startswith("  ")]
-    assert found and all("trajectory" in line.lower() for line in found)
+    cards = registry.cards()
+    assert found and all("trajectory" in line.lower() for line in found if line.split()[0] not in cards)
     assert any(line.startswith("  experts_digits ") for line in found)  # its summary says so
     assert any(line.startswith("  trajectory_matching ") for line in found)  # its name
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("R-MeeTo", "rmeeto"),  # its title
+        ("dataset distillation", "dm"),  # its family
+        ("dataset_distillation", "dm"),  # as in the names of files
+        ("token merging: your vit", "tome"),  # its paper
+        ("2210.09461", "tome"),
+        ("Constant Memory", "edf"),  # the paper of a relative
+    ],
+)
+def test_a_method_is_found_by_its_title_its_family_and_its_papers(word, name, capsys):
+    assert f"\n  {name} " in _printed(capsys, word)
 
 
 def test_options_stand_under_the_word_that_chooses_them(capsys):
@@ -46,7 +65,8 @@ def test_several_words_must_all_be_there(capsys):
 def test_nothing_found_is_one_line_with_the_nearest_names(capsys):
     assert main(["list", "trajectri_matching"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hasten: list: nothing has 'trajectri_matching' in its name or summary; did you mean ")
+    assert line.startswith("hasten: list: nothing has 'trajectri_matching' in its name or summary, ")
+    assert "its title, family or papers; did you mean " in line
     assert "'trajectory_matching'" in line
 
 

@@ -9,47 +9,51 @@ from hasten.errors import HastenError
 
 
 def main(words: Sequence[str]) -> int:
-    """Print methods, tools, experiments and data; or whatever has all of ``words`` in its name or its summary."""
+    """Print methods, tools, experiments and data; or whatever has to do with all of ``words``."""
     parser = _words.parser("list", "Methods, tools, experiments and data; or all that has to do with some words.")
     parser.add_argument(
-        "words", nargs="*", metavar="WORD", help="to look for in names and summaries; all must be there"
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="to look for in names and summaries, a method's title, family and papers; all must be there",
     )
     asked = _words.parsed(parser, words)
     if asked is None:
         return 0
     words = asked.words
-    sections = _all() if words else _main()
-    found = {title: _holding(words, lines) for title, lines in sections.items()}
-    if not any(found.values()):
-        near = get_close_matches(" ".join(words), {name for lines in sections.values() for name in lines}, n=3)
+    sections = _sections(words)
+    if not sections:
+        names = {*registry.cards(), *(name for group in registry.groups() for name in registry.group(group))}
+        near = get_close_matches(" ".join(words), names, n=3)
         meant = f"did you mean {', '.join(map(repr, near))}?" if near else "hasten list shows all of the main ones"
-        raise HastenError(f"list: nothing has {' and '.join(map(repr, words))} in its name or summary; {meant}")
-    print("\n\n".join("\n".join([title, *lines_of(lines)]) for title, lines in found.items() if lines))
+        wanted = " and ".join(map(repr, words))
+        raise HastenError(f"list: nothing has {wanted} in its name or summary, its title, family or papers; {meant}")
+    print("\n\n".join("\n".join([title, *lines_of(lines)]) for title, lines in sections.items()))
     return 0
 
 
-def _main() -> dict[str, dict[str, str]]:
-    """Title of a section -> name -> summary."""
-    cards = {card.name: card.summary for card in registry.cards().values()}
-    return {
-        "Methods and tools": cards,
-        "Experiments": registry.group("experiment"),
-        "Data": registry.group("data"),
-    }
+def _sections(words: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Title of a section -> name -> summary, of what has all ``words``; without any, of the main groups alone."""
+    sections: dict[str, dict[str, str]] = {}
+    for card in sorted(registry.cards().values(), key=lambda card: (card.kind, card.front.get("family", ""))):
+        if _has(words, card.name, card.summary, *card.known_as):
+            title = f"Methods: {card.front['family']}" if card.kind == "method" else "Tools"
+            sections.setdefault(title, {})[card.name] = card.summary
+    titles = {"experiment": "Experiments", "data": "Data"}
+    for group in [*titles, *(name for name in registry.groups() if name not in titles and words)]:
+        lines = {name: summary for name, summary in registry.group(group).items() if _has(words, name, summary)}
+        if lines:
+            sections[titles.get(group, f"{group}=")] = lines  # the others by the word that chooses one of them
+    return sections
 
 
-def _all() -> dict[str, dict[str, str]]:
-    """Every group too, by the word that chooses one of it."""
-    others = [name for name in registry.groups() if name not in ("experiment", "data")]
-    return _main() | {f"{name}=": registry.group(name) for name in others}
+def _has(words: Sequence[str], *texts: str) -> bool:
+    text = _plain(" ".join(texts))
+    return all(_plain(word) in text for word in words)
 
 
-def _holding(words: Sequence[str], lines: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: summary
-        for name, summary in lines.items()
-        if all(word.lower() in f"{name} {summary}".lower() for word in words)
-    }
+def _plain(text: str) -> str:
+    return text.lower().replace("_", " ")
 
 
 def lines_of(summaries: Mapping[str, str]) -> list[str]:
