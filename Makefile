@@ -3,6 +3,9 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# what the cards name as `benchmark:`, each once; the scripts for GPUs alone end in _gpu.py
+BENCHMARKS = from hasten import registry; print(*dict.fromkeys(script for card in registry.cards().values() \
+	for script in card.front.get("benchmark", []) if not script.endswith("_gpu.py")))
 
 .PHONY: train test test-slow lint bench docs pages
 
@@ -22,7 +25,7 @@ lint: $(READY)           ## style, types, and the layers
 	$(BIN)/lint-imports
 
 bench: $(READY)          ## the benchmarks that a CPU can run
-	for script in speed scan merge_op merge_throughput rmeeto_recovery mip mip_plumbing edf unrolls; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+	scripts=$$($(BIN)/python -c '$(BENCHMARKS)') && for script in $$scripts; do $(BIN)/python $$script $(ARGS) || exit 1; done
 
 pages: $(READY)          ## the table of methods in README.md, and benchmarks/README.md, from cards and results
 	$(BIN)/python docs/pages.py

@@ -64,6 +64,13 @@ def test_a_method_has_a_benchmark_and_its_results(name):
         assert (ROOT / path).is_file(), f"cards/{name}.md: there is no {path}"
 
 
+def test_a_script_that_measures_is_named_by_a_card_and_so_run_by_make_bench():
+    scripts = {path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    named = {ROOT / path for card in METHODS.values() for path in card.front["benchmark"]}
+    unnamed = sorted(path.name for path in scripts - named)
+    assert not unnamed, f"benchmarks: expected a card that names {', '.join(unnamed)} as benchmark, got none; name it"
+
+
 @pytest.mark.parametrize(
     ("name", "path"), [(name, path) for name in METHODS for path in METHODS[name].front["evidence"]]
 )
