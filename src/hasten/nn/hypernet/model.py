@@ -112,9 +112,15 @@ class HyperModel(nn.Module):
         kwargs |= passed
         if encoded.ndim == 1:
             return functional_call(self.model, self._theta(encoded), args, kwargs)
-        one_for_all = [value for name, value in passed.items() if not self._is_per_sample(name, value)]
         return call_per_sample(
-            self.model, self.per_sample, self._theta, encoded, args, kwargs, self._batch_norms, one_for_all
+            self.model,
+            self._theta,
+            encoded,
+            args,
+            kwargs,
+            way=self.per_sample,
+            norms=self._batch_norms,
+            one_for_all=[value for name, value in passed.items() if not self._is_per_sample(name, value)],
         )
 
     def generate(self, **inputs: Any) -> dict[str, Tensor]:

@@ -23,11 +23,12 @@ Theta = Callable[[Tensor], Weights]
 
 def call_per_sample(
     model: nn.Module,
-    way: str,
     theta: Theta,
     encoded: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    way: str,
     norms: Sequence[str],
     one_for_all: Sequence[Any],
 ) -> Any:
@@ -35,11 +36,11 @@ def call_per_sample(
 
     Args:
         model: called with weights in the place of its own.
-        way: a key of WAYS.
         theta: makes the weights.
         encoded: (B, e).
         args: of the model; tensors with B rows are taken apart, all others shared.
         kwargs: likewise.
+        way: a key of WAYS.
         norms: ``batch_norms`` of the model.
         one_for_all: arguments that are shared whatever their shape.
 
