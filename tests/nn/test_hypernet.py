@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ class Scaled(nn.Module):
 
     def forward(self, x, *, factor):
         return self.norm(self.fc(x) * factor)
+
+
+class Told(nn.Module):
+    """A model that notes what it is told of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.told = []
+
+    def forward(self, x, factor):
+        self.told.append(factor)
+        return self.fc(x)
 
 
 def images(n=2, dtype=torch.float32):
@@ -311,6 +325,12 @@ def test_what_is_generated_is_logged_once(caplog):
     assert "parameters of Dense() from angle: norm.weight (8,), norm.bias (8,)" in line
 
 
+def test_the_log_counts_the_parameters_of_the_hypernetwork(caplog):
+    with caplog.at_level(logging.INFO, logger="hasten"):
+        hyper = hypernetize(net(), ANGLE)
+    assert f"hypernetize: {sum(own.numel() for own in hyper.hyper.parameters()):,} parameters of" in caplog.text
+
+
 # the start
 
 
@@ -366,6 +386,28 @@ def test_the_hypernetwork_has_the_models_dtype():
     assert hyper(images(dtype=torch.bfloat16), angle=7).dtype == torch.bfloat16
     hyper.double()
     assert hyper(images(dtype=torch.float64), angle=7).dtype == torch.float64
+
+
+def test_what_is_generated_has_the_dtype_of_each_parameter():
+    model = net()
+    model.conv2.bfloat16()
+    hyper = hypernetize(model, ANGLE)
+    wanted = {name: model.get_parameter(name).dtype for name in hyper.names}
+    assert set(wanted.values()) == {torch.float32, torch.bfloat16}
+    for generated in [hyper.delta(angle=7), hyper.generate(angle=7), hyper.generate(angle=torch.tensor([7.0, 8.0]))]:
+        assert {name: weights.dtype for name, weights in generated.items()} == wanted
+
+
+def test_the_hypernetwork_and_what_is_drawn_for_it_are_on_the_models_device():
+    hyper = hypernetize(net().to("meta"), ANGLE | {"kind": Choice("ab")})
+    held = [*hyper.parameters(), *hyper.buffers(), *hyper.sample_inputs().values(), *hyper.sample_inputs(3).values()]
+    assert {each.device.type for each in held} == {"meta"}
+
+
+def test_by_default_the_encoding_has_norm_one_and_a_dense_head_fifty_million_parameters_at_most():
+    assert hypernetize(net(), {"a": (0, 1), "b": (0, 1)}).encoding.bound == 1
+    with pytest.raises(ValueError, match=r"at most 50,000,000 parameters for a dense head, got Dense\(\) 50\.08M"):
+        hypernetize(nn.Sequential(nn.Linear(625, 625), nn.Linear(625, 1)), ANGLE)
 
 
 # around it
@@ -437,6 +479,38 @@ def test_an_input_that_the_model_takes_too_reaches_it_as_it_was_given():
     expected = hyper.model.norm((x @ theta["fc.weight"].T + theta["fc.bias"]) * 2.0)
     torch.testing.assert_close(hyper(x, factor=2.0), expected)
     torch.testing.assert_close(hyper(x, factor=torch.tensor(2.0)), expected)
+
+
+def test_materialize_keeps_the_mode_when_it_estimates_batch_statistics_anew():
+    with pytest.warns(UserWarning, match="running statistics"):
+        hyper = hypernetize(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), ANGLE)
+    for training in [True, False]:
+        written = hyper.train(training).materialize(angle=3, recalibrate=[torch.randn(5, 4)])
+        assert {module.training for module in written.modules()} == {training}
+
+
+def test_the_model_is_told_a_number_as_a_number_and_a_list_a_sample_at_a_time():
+    hyper = hypernetize(Told(), {"factor": (0, 9)}, params="all", model_inputs=["factor"], per_sample="loop")
+    hyper(torch.randn(3, 4), factor=3.5)
+    (number,) = hyper.model.told
+    assert type(number) is float and number == 3.5
+    hyper.model.told.clear()
+    hyper(torch.randn(3, 4), factor=[1, 2, 3])
+    assert [told.tolist() for told in hyper.model.told] == [[1], [2], [3]]
+
+
+def test_the_warning_of_batch_norms_points_at_the_caller():
+    with pytest.warns(UserWarning, match="running statistics") as caught:
+        hypernetize(Scaled(), ANGLE, params="fc.*")
+    assert caught[0].filename == __file__
+
+
+def test_a_batch_norm_that_keeps_no_statistics_is_no_warning():
+    layers = nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hyper = hypernetize(nn.Sequential(*layers), ANGLE)
+    assert hyper(torch.randn(3, 4), angle=7).shape == (3, 2)
 
 
 # carried about
@@ -526,6 +600,10 @@ def test_a_dense_head_above_the_budget_names_the_others_and_other_heads_pass():
         hypernetize(net(), ANGLE, max_dense_params=1000)
     assert "\n" not in str(e.value)
     assert isinstance(hypernetize(net(), ANGLE, head="basis", max_dense_params=1000), HyperModel)
+
+
+def test_a_size_table_of_the_norms_has_them_once():
+    assert [row["params"] for row in head_sizes(net(), params="norm")] == ["norm"] * 4
 
 
 # what is refused

@@ -32,15 +32,15 @@ def unit(*shape):
 
 @pytest.mark.parametrize("head", HEADS, ids=repr)
 def test_a_head_gives_one_delta_a_tensor_and_rows_are_independent(head):
-    network = build(head)
+    network = build(head).double()
     for own in network.parameters():
         nn.init.normal_(own)
-    encoded = unit(3, 4)
+    encoded = unit(3, 4).double()
     together = deltas(network, encoded)
     assert [tuple(delta.shape) for delta in together] == [(3, *shape) for shape in SHAPES]
     for b in range(3):
         for delta, one in zip(together, deltas(network, encoded[b]), strict=True):
-            torch.testing.assert_close(delta[b], one, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(delta[b], one, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("head", [*HEADS, LoRA(1000), Chunked(10**9)], ids=repr)
@@ -59,6 +59,12 @@ def test_the_sizes_are_those_of_known_networks():
     assert size_of(Basis(8), resnet20, 128)["parameters"] == pytest.approx(2.2e6, rel=0.03)
     assert size_of(LoRA(8), resnet20, 128)["parameters"] == pytest.approx(0.07e6, rel=0.1)
     assert size_of(Chunked(1024), resnet20, 128)["parameters"] == pytest.approx(0.13e6, rel=0.03)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=repr)
+def test_a_state_dict_holds_what_learns_and_nothing_else(head):
+    network = build(head)
+    assert network.state_dict().keys() == {name for name, _ in network.named_parameters()}
 
 
 # the start
@@ -152,6 +158,14 @@ def test_every_weight_learns_by_the_second_step(head, zero):
     assert [name for name, own in network.named_parameters() if not own.grad.any()] == []
 
 
+def test_what_lora_makes_of_matrices_alone_teaches_its_head():
+    network = build(LoRA(2), [(6, 5), (4, 3)])
+    for v in network.v:
+        nn.init.normal_(v)
+    network(unit(4)).sum().backward()
+    assert all(row.any() for row in network.head.weight.grad)
+
+
 @pytest.mark.parametrize("head", HEADS, ids=repr)
 def test_a_generator_decides_the_start_and_the_global_one_is_left_alone(head):
     state = torch.get_rng_state()
@@ -181,6 +195,12 @@ def test_a_dense_head_above_the_budget_is_refused_with_what_the_others_cost():
     assert "Chunked(size=1024, embedding=8) 0.19M" in message
     assert "params='norm' with Dense() 0.26M" in message
     assert within_budget("dense", shapes, 128, 10**9, norms) == Dense()
+
+
+def test_a_head_of_exactly_the_budget_is_accepted(caplog):
+    for head in HEADS:
+        assert within_budget(head, SHAPES, 32, head.num_parameters(SHAPES, 32), []) == head
+    assert caplog.text == ""
 
 
 def test_other_heads_above_the_budget_are_logged(caplog):

@@ -70,6 +70,17 @@ def test_a_choice_draws_each_value():
     assert Choice("abc").sample(100, seeded()).unique().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_rounding_draws_nothing_beyond_the_bounds(log):
+    drawn = Range(0.18, 3.07, log=log, sampler=to_the_top).sample()  # without a clamp 2.4e-7 more
+    assert drawn == torch.tensor(3.07)
+
+
+def test_endpoint_sampling_is_at_the_bounds_in_two_draws_of_five():
+    drawn = Range(1, 8, sampler="endpoint").sample(20_000, seeded())
+    assert ((drawn == 1) | (drawn == 8)).float().mean().item() == pytest.approx(0.4, abs=0.01)
+
+
 # encoding
 
 
@@ -144,6 +155,24 @@ def test_a_tensor_that_asks_for_a_gradient_gets_it():
     assert torch.autograd.gradcheck(lambda a: encode({"a": a}, LIKE), value)
 
 
+def test_the_complements_stand_behind_all_values_and_are_not_divided():
+    encode = encoding({"a": (0, 1), "b": (0, 1)}, kind="complement")
+    assert encode({"a": 0.25, "b": 1.0}, LIKE).tolist() == [0.25, 1.0, 0.75, 0.0]
+
+
+def test_the_rows_of_a_choice_are_those_of_older_checkpoints():
+    wanted = [[0.5739808, -0.1092946, -0.8115422], [0.3057951, -0.5834332, -0.7523929]]
+    torch.testing.assert_close(Choice("ab", dim=3).rows(), torch.tensor(wanted).double(), rtol=0, atol=1e-6)
+
+
+def test_a_tensor_is_encoded_in_the_wider_of_its_precision_and_the_weights():
+    encode, narrow, wide = encoding({"a": (0, 1000)}), torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    value = torch.tensor(999.0)  # 1000 in bfloat16
+    assert encode({"a": value}, narrow).equal(encode({"a": value}, wide).bfloat16())
+    value = torch.tensor(333.0).bfloat16()
+    assert encode({"a": value}, wide).equal(encode({"a": value.float()}, wide))
+
+
 # out of range
 
 
@@ -179,6 +208,12 @@ def test_ignoring_the_range_lets_the_encoding_repeat():
     found = encode({"a": values}, LIKE)
     torch.testing.assert_close(found[1], found[0])
     assert not torch.allclose(found[2], found[0])
+
+
+@pytest.mark.parametrize("out_of_range", ["clamp", "error", "ignore"])
+def test_positions_do_not_count_from_the_end(out_of_range):
+    with pytest.raises(ValueError, match="hypernet: kind: expected positions 0 to 1, got -1 to 0"):
+        encoding({"kind": Choice("ab")}, out_of_range=out_of_range)({"kind": torch.tensor([0, -1])}, LIKE)
 
 
 @pytest.mark.parametrize("out_of_range", ["clamp", "error", "ignore"])

@@ -54,6 +54,18 @@ class Recurrent(nn.Module):
         return self.fc(self.layer(x)[0][:, -1])
 
 
+class Coded(nn.Module):
+    """A model without an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = nn.Parameter(torch.ones(1, 4))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self):
+        return self.fc(self.code)
+
+
 def hypernetized(per_sample, head="dense", model=None, **options):
     torch.manual_seed(1)
     model = Net() if model is None else model
@@ -93,6 +105,24 @@ def test_each_way_is_as_many_single_calls_with_their_gradients(way, head):
     weights = torch.randn_like(alone)
     found, expected = (torch.autograd.grad((out * weights).sum(), wanted) for out in (together, alone))
     assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) <= 1e-11
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_with_the_same_input_need_not_be_as_many_as_others(way):
+    hyper = hypernetized(way)
+    x, inputs = images(6), {name: value[[0, 1, 0, 0, 2, 2]] for name, value in values(3).items()}
+    torch.testing.assert_close(hyper(x, **inputs), single_calls(hyper, x, inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+def test_the_inputs_have_the_gradients_of_single_calls(way):
+    hyper, x, inputs = hypernetized(way), images(3), values(3)
+    wanted = [inputs["angle"].requires_grad_(), inputs["shift"].requires_grad_()]
+    outputs = hyper(x, **inputs), single_calls(hyper, x, inputs)
+    found, expected = (torch.autograd.grad(out.square().sum(), wanted) for out in outputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.all()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,6 +172,13 @@ def test_rows_of_arguments_are_mapped_the_rest_shared_and_outputs_are_as_deep_as
     assert words == "said" and last.equal(found["rows"][:, 0])
 
 
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+def test_a_model_without_arguments_has_a_row_for_each_value(way):
+    hyper, inputs = hypernetized(way, model=Coded(), params="all"), values(3)
+    alone = [hyper(**{name: value[b] for name, value in inputs.items()}) for b in range(3)]
+    torch.testing.assert_close(hyper(**inputs), torch.cat(alone))
+
+
 def test_unique_calls_the_model_once_for_each_distinct_input():
     hyper = hypernetized("unique")
     calls = []
@@ -167,6 +204,10 @@ def test_recurrent_layers_loop_by_themselves_and_refuse_vmap(layer):
         ValueError, match="expected 'loop' or 'unique' for the recurrent layer 'layer', which vmap cannot"
     ):
         hypernetized("vmap", model=Recurrent(layer), params="all")
+
+
+def test_a_recurrent_cell_loops_too():
+    assert hypernetized("auto", model=nn.LSTMCell(4, 5), params="all").per_sample == "loop"
 
 
 def test_auto_is_vmap_elsewhere():
@@ -210,6 +251,17 @@ def test_a_training_batch_norm_is_refused_with_the_remedies(way):
     hyper.train()
     torch.func.replace_all_batch_norm_modules_(hyper.model)
     assert hyper(x, **inputs).shape == (4, 3)
+
+
+def test_the_batch_norm_itself_says_whether_it_trains():
+    with pytest.warns(UserWarning, match="running statistics"):
+        hyper = hypernetized("vmap", model=Net(nn.BatchNorm2d(8)))
+    x, inputs = images(4), values(4)
+    hyper.model.norm.eval()  # frozen, in a model that trains
+    torch.testing.assert_close(hyper(x, **inputs), single_calls(hyper, x, inputs))
+    hyper.eval().model.norm.train()
+    with pytest.raises(RuntimeError, match="hypernet: norm: expected no batch norm in training mode"):
+        hyper(x, **inputs)
 
 
 def test_unique_trains_batch_norms_on_the_samples_of_one_input():

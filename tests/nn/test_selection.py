@@ -62,6 +62,25 @@ def test_a_tied_parameter_is_found_by_any_name_and_has_its_first():
     assert list(select_parameters(NET, ["tied.*", "attention.out_proj.weight"])) == ["attention.out_proj.weight"]
 
 
+def test_a_parameter_with_two_names_in_one_module_is_found_by_either():
+    module = nn.Module()
+    module.first = module.second = nn.Parameter(torch.ones(2))
+    assert list(select_parameters(module, "second")) == ["first"]
+
+
+def test_a_name_with_brackets_means_itself():
+    module = nn.Module()
+    module.register_parameter("table[0]", nn.Parameter(torch.ones(2)))
+    module.register_parameter("table0", nn.Parameter(torch.ones(2)))
+    assert list(select_parameters(module, "table[0]")) == ["table[0]", "table0"]  # and as a glob
+
+
+def test_a_table_of_biases_is_no_bias():
+    module = nn.Module()
+    module.bias, module.bias_table = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 3))
+    assert list(select_parameters(module, "bias")) == ["bias"]
+
+
 @pytest.mark.parametrize(
     ("which", "names"),
     [
