@@ -105,6 +105,20 @@ def test_the_weight_multiplies_the_prior():
     assert values[1] == pytest.approx(values[0] / 2)
 
 
+def test_the_prior_is_the_mean_divergence_of_what_is_generated_at_its_draws():
+    hyper = _hyper()
+    torch.manual_seed(1)
+    found = AmortisedPrior(2.0, 0.1, draws=5)(hyper)
+    torch.manual_seed(1)
+    deltas = torch.cat([delta.flatten(1) for delta in hyper.delta(**hyper.sample_inputs(5)).values()], 1).double()
+    slow = []
+    for column in deltas.T.tolist():
+        mean = sum(column) / 5
+        ratio = sum((value - mean) ** 2 for value in column) / 4 / 0.1**2
+        slow.append((ratio + (mean / 0.1) ** 2 - 1 - math.log(ratio)) / 2)
+    assert found.item() == pytest.approx(2 * sum(slow) / len(slow), rel=1e-3)
+
+
 def test_a_mixture_is_the_mean_of_the_probabilities_and_its_nll_that_of_the_label():
     logits, labels = torch.randn(4, 5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
     for b in range(5):
@@ -124,6 +138,15 @@ def test_a_mean_is_over_samples_whatever_the_batches():
         metric.update(part, part)
     assert metric.compute() == pytest.approx(float(total_variation(images).mean()))
     assert metric.higher_is_better is False
+
+
+def test_two_metrics_are_merged_to_the_mean_over_all_samples():
+    images = torch.rand(5, 1, 3, 3)
+    one, other = MeanOf(total_variation), MeanOf(total_variation)
+    one.update(images[:2], images[:2])
+    other.update(images[2:], images[2:])
+    one.merge_state(other)  # as torchmetrics does for two processes
+    assert one.compute() == pytest.approx(float(total_variation(images).mean()))
 
 
 def test_disagreement_is_the_mean_divergence_from_the_mixture():
@@ -161,6 +184,33 @@ def test_a_digit_without_noise_keeps_its_pixels():
     digit[0, 0, 3, 2:6] = 1
     _, mask = Scattered(16, noise=0.0).eval()((digit * 2 - 1, torch.zeros(2)))
     assert mask[0].sum(-1).max() == 4 and not mask[1].any()
+
+
+def _at(ink, row, column):
+    """Between two rows of an image (H, W), and nothing around it."""
+    above = math.floor(row)
+    inside = [float(ink[i, column]) if 0 <= i < len(ink) else 0.0 for i in (above, above + 1)]
+    return inside[0] + (row - above) * (inside[1] - inside[0])
+
+
+def test_a_canvas_is_a_digit_and_its_neighbour_with_exchanged_quarters(batch):
+    image, mask = Scattered(16, noise=0.0).eval()(batch)
+    generator = torch.Generator().manual_seed(0)
+    side, heights = torch.randint(2, (6,), generator=generator), torch.rand(2, 6, generator=generator).tolist()
+    ink = (batch[0][:, 0] + 1) / 2
+    for b in range(6):
+        neighbour = ink[b - 1]
+        other = torch.cat([torch.cat([neighbour[4:, 4:], neighbour[4:, :4]], 1),
+                           torch.cat([neighbour[:4, 4:], neighbour[:4, :4]], 1)])  # fmt: skip
+        halves = (
+            [[_at(ink[b], r - 8 * heights[0][b], c) for c in range(8)] for r in range(16)],
+            [[_at(other, r - 8 * heights[1][b], c) for c in range(8)] for r in range(16)],
+        )
+        digit, beside = map(torch.tensor, halves)
+        left, right = (beside, digit) if side[b] else (digit, beside)
+        torch.testing.assert_close(image[b, 0], 2 * torch.cat([left, right], 1) - 1, rtol=0, atol=1e-5)
+        assert mask[b, 0, :, 8:].equal((right > 0.5).long() if side[b] else torch.zeros(16, 8).long())
+        assert mask[b].sum() == (digit > 0.5).sum()
 
 
 def test_the_segmentation_loss_is_cross_entropy_and_dice_of_each_image():

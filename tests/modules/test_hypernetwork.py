@@ -1,3 +1,4 @@
+import copy
 import json
 from itertools import product
 
@@ -18,7 +19,8 @@ from hasten.callbacks import MagnitudeProbe
 from hasten.check import build, check
 from hasten.datamodules import Digits
 from hasten.errors import HastenError
-from hasten.modules import HyperNetwork
+from hasten.formats.pictures import drawn as drawn_figure
+from hasten.modules import HyperNetwork, _hypernet_plots
 from hasten.modules.hypernet_tasks import rotated
 from hasten.nn import Choice, Range, ScaledUNet, SeparateModels, hypernetize
 from hasten.run import compose
@@ -176,6 +178,26 @@ def test_neither_the_hypernetwork_nor_vectors_decay():
     assert plain["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("penalised", [False, True])
+def test_a_step_is_one_on_the_mean_loss_and_the_penalty(penalised):
+    def of_each(output, target):
+        return F.cross_entropy(output, target, reduction="none")
+
+    noting, hyper = Noting(), _hyper()
+    slow = copy.deepcopy(hyper)
+    module = HyperNetwork(hyper, of_each, _sgd, transform=noting, penalty=_size if penalised else None)
+    _trainer(max_steps=1, limit_val_batches=0).fit(module, _loader())
+    (scale,), (images, labels) = noting.seen, next(iter(_loader()))
+    loss = F.cross_entropy(slow(images, scale=scale), labels)
+    if penalised:
+        loss = loss + _size(slow, scale)
+    optimizer = _sgd(slow.parameters())
+    loss.backward()
+    optimizer.step()
+    for one, other in zip(hyper.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # ---------------------------------------------------------------------- evaluation
 
 
@@ -312,6 +334,87 @@ def test_the_state_holds_the_network_under_its_own_keys():
     keys = module.state_dict().keys()
     assert {f"model.model.{key}" for key in module.model.model.state_dict()} < keys
     assert all(key.startswith("model.") for key in keys)
+
+
+class OfTheMean(MulticlassAccuracy):
+    """Of the mean of all outputs."""
+
+    def update(self, outputs, target):
+        super().update(outputs.mean(0), target)
+
+
+def test_a_second_validation_knows_nothing_of_the_first():
+    def module():
+        metrics, ensemble = {"acc": MulticlassAccuracy(3, average="micro")}, {"mean": OfTheMean(3, average="micro")}
+        return _module(transform=_scaled, metrics=metrics, ensemble=ensemble, flops=True, grid=2)
+
+    trainer, again = _trainer(), module()
+    assert trainer.validate(again, _loader(24), verbose=False)[0] != (alone := _validated(module(), _loader(7)))
+    assert trainer.validate(again, _loader(7), verbose=False)[0] == alone
+
+
+def test_a_test_leaves_the_pictures_of_the_validation():
+    module, trainer = _module(grid=2), _trainer()
+    trainer.validate(module, _loader(24), verbose=False)
+    before = module.pictures()["loss_over_scale"]
+    trainer.test(module, _loader(7), verbose=False)
+    assert module.pictures()["loss_over_scale"].equal(before)
+
+
+def test_the_sixteen_points_follow_the_seed():
+    one, same, other = (
+        torch.stack([point["noise"] for point in _module(inputs={"noise": Range(0, 1, dim=3)}, seed=seed)._points])
+        for seed in (0, 0, 1)
+    )
+    assert one.equal(same) and not torch.isin(other, one).any()
+
+
+def test_a_choice_is_evaluated_at_all_its_values_however_small_the_grid():
+    found = _validated(_module(inputs={"kind": Choice("abcde")}, grid=2), _loader(8))
+    assert found.keys() == {"val/loss", "val/loss_worst"} | {f"val/loss@kind={value}" for value in "abcde"}
+
+
+def test_operations_are_those_of_the_first_batch_and_the_most_are_the_worst():
+    torch.manual_seed(0)
+    net = ScaledUNet(1, 1, widths=(2, 2))
+    hyper = hypernetize(net, {"scale": (0.25, 1.0)}, hidden=(4,), model_inputs=["scale"])
+    # a smaller last batch, whose samples share what is generated with fewer
+    found = _validated(_module(model=hyper, loss=lambda output, _: output.mean(), flops=True, grid=2), _loader(12))
+    few, many = found["val/mflops@scale=0.25"], found["val/mflops@scale=1"]
+    assert few < many == found["val/mflops_worst"]
+    assert found["val/mflops"] == pytest.approx((few + many) / 2)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, beside their pixels."""
+    seen = []
+    monkeypatch.setattr(_hypernet_plots, "drawn", lambda figure: seen.append(figure) or drawn_figure(figure))
+    return seen
+
+
+def _lines(figure):
+    return [list(zip(*map(list, line.get_data()), strict=True)) for line in figure.axes[0].lines]
+
+
+def test_a_picture_has_the_scores_that_were_logged_their_mean_and_the_other_runs_dots(figures, tmp_path):
+    other = {"val/loss@scale=0.5": 0.1, "val/acc@scale=0.5": 0.9, "val/loss@scale=1.25": 0.3}
+    (tmp_path / "result.json").write_text(json.dumps({"metrics": other}))
+    metrics = {"acc": MulticlassAccuracy(3, average="micro")}
+    module = _module(metrics=metrics, trade_offs={"loss": "acc"}, dots=tmp_path, grid=3, transform=_scaled)
+    found = _validated(module, _loader(8))
+    module.pictures()
+    loss, acc = ([found[f"val/{score}@scale={v}"] for v in ("0.5", "1.25", "2")] for score in ("loss", "acc"))
+    over_scale, _, trade_off = figures
+    curve, mean, dots = _lines(over_scale)
+    assert [x for x, _ in curve] == [0, 1, 2] and [y for _, y in curve] == pytest.approx(loss)
+    assert [y for _, y in mean] == pytest.approx([_mean(loss)] * 2)
+    assert [text.get_text() for text in over_scale.axes[0].texts] == [f"mean {_mean(loss):.3g}"]
+    assert dots == [(0, 0.1), (1, 0.3)]
+    curve, dots = _lines(trade_off)
+    assert [x for x, _ in curve] == pytest.approx(loss) and [y for _, y in curve] == pytest.approx(acc)
+    assert dots == [(0.1, 0.9)]
+    assert [text.get_text() for text in trade_off.axes[0].texts] == ["0.5", "1.25", "2"]
 
 
 # ---------------------------------------------------------------------- bad input
@@ -484,3 +587,18 @@ def test_two_ranks_draw_differently_train_on_both_and_validate_as_one(kind, head
     metrics = {"acc": MulticlassAccuracy(3, average="micro")}
     alone = _validated(HyperNetwork(slow, F.cross_entropy, metrics=metrics), _loader())
     assert ranks[0]["scores"] == ranks[1]["scores"] == pytest.approx(alone, rel=1e-4)
+
+
+def _unequal(n):
+    images, labels = _loader().dataset.tensors
+    share = [slice(0, n), slice(n, None)][dist.get_rank()]
+    loader = DataLoader(TensorDataset(images[share], labels[share]), 8)
+    trainer = _trainer(devices=2, strategy="ddp", use_distributed_sampler=False)
+    return trainer.validate(_module(metrics={"acc": MulticlassAccuracy(3, average="micro")}), loader, verbose=False)[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_count_as_their_samples_do(two_processes):
+    first, second = two_processes(_unequal, 20)
+    alone = _validated(_module(metrics={"acc": MulticlassAccuracy(3, average="micro")}), _loader())
+    assert first == second == pytest.approx(alone, rel=1e-4)
