@@ -4,13 +4,15 @@ import warnings
 import lightning
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hasten.callbacks import EMA, MagnitudeProbe
+from hasten.callbacks import EMA, MagnitudeProbe, magnitude_probe
 from hasten.errors import HastenError
+from hasten.formats.pictures import drawn as drawn_figure
 from hasten.nn import Choice, LoRA, Range, hypernetize
 
 
@@ -52,10 +54,11 @@ def attached(folder):
     return MagnitudeProbe(n_points=3, every_n_steps=1, folder=folder / "pictures"), foreign(), batches()
 
 
-def fitted(probe, module, *callbacks, steps=4, **settings):
+def fitted(probe, module, *callbacks, steps=4, of_trainer=None, **settings):
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_model_summary=False, enable_progress_bar=False, callbacks=[probe, *callbacks], max_steps=steps,
+        **(of_trainer or {}),
     )  # fmt: skip
     trainer.fit(module, batches(), **settings)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -131,6 +134,21 @@ def test_the_averaged_weights_are_measured_and_training_does_not_notice():
     assert plain["mip/delta_norm@scale"] != norms["mip/delta_norm@scale"]
 
 
+def test_what_is_no_number_is_left_out():
+    found = at_start(foreign(residual=False, init="zero"))
+    assert {name for name in found if name.startswith("mip/")} == {"mip/delta_norm@scale", "mip/theta_norm@scale"}
+    assert found["mip/delta_norm@scale"] == found["mip/theta_norm@scale"] == 0
+
+
+def test_the_precision_of_the_trainer_does_not_round_the_numbers():
+    def found(precision):
+        module = foreign()
+        module.lr = 0.0
+        return fitted(MagnitudeProbe(), module, steps=1, of_trainer={"precision": precision})
+
+    assert found("bf16-mixed") == found("32-true")
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -175,6 +193,64 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_picture_has_what_is_generated_in_one_panel_and_the_weights_in_the_other(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(magnitude_probe, "drawn", lambda figure: figures.append(figure) or drawn_figure(figure))
+    fitted(MagnitudeProbe(n_points=4, every_n_steps=3, folder=tmp_path), foreign(), steps=3)
+    with (tmp_path / "magnitude.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["tensor"] == "all"]
+    for panel, kind in zip(figures[-1].axes, ("delta_norm", "theta_norm"), strict=False):
+        before, now = ([float(row[kind]) for row in rows if row["step"] == step] for step in ("0", "3"))
+        assert before != now
+        assert [line.get_ydata().tolist() for line in panel.lines] == [pytest.approx(before), pytest.approx(now)]
+
+
+def _rank(folder):
+    trainer = {"devices": 2, "strategy": "ddp"}
+    fitted(MagnitudeProbe(n_points=2, folder=folder / str(dist.get_rank())), foreign(), steps=1, of_trainer=trainer)
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_writes(two_processes, tmp_path):
+    two_processes(_rank, tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["0"]
+
+
+# ---------------------------------------------------------------------- one fit and the next
+
+
+class Validated(Foreign):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_a_second_fit_begins_anew_and_a_validation_in_between_changes_nothing(tmp_path):
+    probe = MagnitudeProbe(n_points=2, per_tensor=False, folder=tmp_path)
+    fitted(probe, foreign(), steps=1)
+    first = probe.state_dict()["before"]
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[probe])
+    trainer.validate(Validated(foreign().parts["classifier"]), batches(), verbose=False)
+    assert probe.state_dict()["before"] == first
+    fitted(probe, foreign(head="basis"), steps=2)
+    assert probe.state_dict()["before"] != first
+    with (tmp_path / "magnitude.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "2", "2"]
+
+
+class Stops(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError("stopped")
+
+
+def test_no_model_is_kept_after_a_fit_or_an_exception():
+    probe = MagnitudeProbe()
+    fitted(probe, foreign(), steps=1)
+    assert probe._model is None
+    with pytest.raises(RuntimeError, match="stopped"):
+        fitted(probe, foreign(), Stops())
+    assert probe._model is None
+
+
 # ---------------------------------------------------------------------- the alarm
 
 
@@ -216,6 +292,47 @@ def test_two_zero_factors_of_a_product_are_found():
     nn.init.zeros_(hyper.head.weight)  # V is 0 already
     (line,) = _warned(MagnitudeProbe(every_n_steps=2), module)
     assert "two factors of a product" in line
+
+
+class Switched(Foreign):
+    """A hypernetwork that learns nothing, and generates something in some steps."""
+
+    def __init__(self, alive):
+        super().__init__(foreign(init="zero").parts["classifier"])
+        self.lr = 0.0
+        self.alive = alive
+
+    def on_train_batch_start(self, batch, batch_idx):
+        nn.init.constant_(self.parts["classifier"].hyper.head.weight, 0.01 * self.alive[self.global_step])
+
+
+@pytest.mark.parametrize(
+    ("alive", "alarms"),
+    [([0, 1, 0, 1, 0], 0), ([1, 0, 0, 1, 0], 1), ([1e-30] * 5, 0)],  # whose squares are 0 in float32
+)
+def test_two_probes_that_follow_each_other_must_find_exactly_nothing(alive, alarms):
+    assert len(_warned(MagnitudeProbe(every_n_steps=1), Switched(alive), steps=5)) == alarms
+
+
+def test_a_run_that_was_resumed_between_two_dead_probes_warns(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "stopped", every_n_train_steps=2)
+    fitted(MagnitudeProbe(every_n_steps=2), Switched([0] * 4), saving, steps=2)
+    with pytest.warns(UserWarning, match="magnitude_probe: .* generated exactly 0 up to step 4"):
+        fitted(MagnitudeProbe(every_n_steps=2), Switched([0] * 4), steps=4, ckpt_path=tmp_path / "stopped.ckpt",
+               weights_only=True)  # fmt: skip
+
+
+def test_what_generates_something_for_one_value_is_alive():
+    module = foreign({"kind": Choice(["a", "b"])}, hidden=(2,))
+    module.lr, hyper = 0.0, module.parts["classifier"].hyper
+    nn.init.eye_(hyper.trunk[0].weight)
+    nn.init.zeros_(hyper.head.weight[:, 0])  # of "a"
+    assert _warned(MagnitudeProbe(every_n_steps=1), module) == []
+
+
+@pytest.mark.parametrize(("n_points", "alarms"), [(5, 0), (6, 1)])  # from the first bin's middle to the last's: 9, 11
+def test_weights_ten_times_as_large_as_others_are_too_large(n_points, alarms):
+    assert len(_warned(MagnitudeProbe(n_points=n_points), foreign(**DEFAULT), steps=1)) == alarms
 
 
 # ---------------------------------------------------------------------- bad input
