@@ -96,9 +96,9 @@ class HyperModel(nn.Module):
         """Run the model with the weights of the inputs, which are keywords; all else goes to the model.
 
         Raises:
-            TypeError: for an input that is missing or a keyword that nobody takes.
+            TypeError: for an input that is missing, a keyword that nobody takes, or outputs that are no pytree of tensors.
             ValueError: for values, shapes or batch sizes that do not fit.
-            RuntimeError: for weights per sample in a model that is training its batch norms.
+            RuntimeError: for weights per sample in a model that is training its batch norms, or that vmap cannot map.
         """
         values = {name: kwargs.pop(name) for name in self.encoding.inputs if name in kwargs}
         unknown = [name for name in kwargs if name not in self._arguments]
