@@ -96,7 +96,7 @@ class HyperModel(nn.Module):
         """Run the model with the weights of the inputs, which are keywords; all else goes to the model.
 
         Raises:
-            TypeError: for an input that is missing, a keyword that nobody takes, or outputs that are no pytree of tensors.
+            TypeError: for an input that is missing, a keyword that nobody takes, or outputs that hide their tensors.
             ValueError: for values, shapes or batch sizes that do not fit.
             RuntimeError: for weights per sample in a model that is training its batch norms, or that vmap cannot map.
         """
