@@ -361,7 +361,7 @@ def plot(results: Results, title: str, path: Path) -> None:
         axes.set_title(optimizer, fontsize=10)
         axes.set_xlabel("steps")
     panels[0].set_ylabel("held-out accuracy, mean over nine angles")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(f"{title} turned by 0 to 180 degrees (thin: seeds, bold: means)")
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
