@@ -1,4 +1,4 @@
-"""Two thousand steps hold no more memory and no more files than two hundred, in each kind of training."""
+"""Two thousand steps hold no more memory and no more files than six hundred, in each kind of training."""
 
 import ctypes
 import gc
@@ -17,11 +17,15 @@ from lightning.pytorch import Callback
 from hasten.check import build
 from hasten.run import compose, run
 
-EARLY, LATE = 200, 2000
-"""Steps; after the first of them nothing new begins: each tool has worked, each cache is as large as it gets."""
+EARLY, LATE = 600, 2000
+"""Steps; after the first of them nothing new begins: each tool has worked a few times, and each cache is as large as it
+gets. Between steps 200 and 600 a hypernetwork's run still grows once, by 2 to 4 MiB, and by 0.1 MiB after that."""
+
+TIDIED = 200
+"""Steps from one giving back to the next."""
 
 NOISE_MIB = 2.0
-"""What an allocator keeps in pieces differs from one moment to the next; over 1,800 steps, a kilobyte a step."""
+"""What an allocator keeps in pieces differs from one moment to the next; over 1,400 steps, 1.5 kB a step."""
 
 COMMON = """
     trainer.limit_val_batches=1 trainer.check_val_every_n_epoch=null trainer.val_check_interval=150
@@ -52,7 +56,7 @@ class Footprint(Callback):
         self.files: list[int] = []
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step % EARLY == 0:
+        if trainer.global_step % TIDIED == 0:
             # also between two looks: what piles up until Python collects it leaves holes that are never given back
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -104,7 +108,7 @@ class Leaks(Callback):
 
 def test_a_leak_of_six_kilobytes_a_step_is_seen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    memory_MiB, files = _of_a_fresh_process("classification", 800, "leaking")
+    memory_MiB, files = _of_a_fresh_process("classification", 1200, "leaking")
     assert memory_MiB > NOISE_MIB
     assert files == 6
 
