@@ -1,5 +1,7 @@
 """What is read out of a checkpoint, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,3 +71,14 @@ def test_what_does_not_fit_is_named_and_counted():
     with pytest.raises(ValueError, match=rf"^own: checkpoint: x does not fit: {shown}; give the model"):
         check_fit({"a": torch.zeros(2)}, wanted, owner="own", path="x")
     check_fit(wanted, wanted, owner="own", path="x")
+
+
+def test_a_name_that_timm_looks_up_elsewhere_is_left_to_timm(tmp_path):
+    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "pretrained_cfg": {"num_classes": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert timm_model(f"local-dir:{tmp_path}", img_size=32, depth=1).num_classes == 7
+
+
+def test_a_name_that_timm_does_not_know_is_refused_with_what_is_near():
+    with pytest.raises(ValueError, match=r"^model: timm has no 'vit_tiny_patch16'; near: .*vit_tiny_patch16_224"):
+        timm_model("vit_tiny_patch16")

@@ -38,7 +38,7 @@ def timm_model(model_name: str, *, checkpoint: str | Path | None = None, **argum
     """
     import timm  # noqa: PLC0415 - seconds of import for those who build a timm model only
 
-    if model_name.split(".")[0] not in timm.list_models():
+    if ":" not in model_name and not timm.is_model(model_name):  # hf-hub:NAME is looked up elsewhere
         near = ", ".join(timm.list_models(f"*{model_name}*")[:5]) or "none; see timm.list_models()"
         raise ValueError(f"model: timm has no {model_name!r}; near: {near}")
     model = timm.create_model(model_name, **arguments)
