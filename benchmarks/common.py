@@ -67,6 +67,11 @@ def load_images(data: str, size: int) -> Images:
     return _digits() if data == "digits" else _folder(Path(data), size)
 
 
+def data_name(data: str) -> str:
+    """What results call the images of ``load_images``: digits, or the folder's own name."""
+    return data if data == "digits" else Path(data).resolve().name.replace("-", "_")
+
+
 def _digits() -> Images:
     from sklearn.datasets import load_digits
 
@@ -95,7 +100,7 @@ def _folder(root: Path, size: int) -> Images:
         images = torch.stack([image for image, _ in folder])
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # folders come class by class
         parts += [images[order], torch.tensor(folder.targets)[order]]
-    return Images(root.resolve().name.replace("-", "_"), *parts)
+    return Images(data_name(str(root)), *parts)
 
 
 # ---------------------------------------------------------------------- distances

@@ -48,6 +48,7 @@ from common import (
     Results,
     argument_parser,
     command,
+    data_name,
     load_images,
     markdown_table,
     progress_bar,
@@ -383,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits = options.data == "digits"
     sizes = DRY_RUN if options.dry_run else DIGITS if digits else FOLDER
     seeds: list[int] = options.seeds or list(range(10 if digits else 3))
-    name = "digits" if digits else Path(options.data).resolve().name.replace("-", "_")
+    name = data_name(options.data)
     protocol = {"data": name, "sizes": asdict(sizes), "angles": ANGLES.tolist()}
     path = result_path(options, f"mip_convergence_{name}")
     results = Results(path, protocol, command(__file__, arguments), fresh=options.fresh)

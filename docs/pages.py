@@ -76,8 +76,7 @@ def _methods() -> list[registry.Card]:
 
 def _link(card: registry.Card, up: str = "") -> str:
     """The title of a card, as a link by its true path: GitHub does not follow the link ``cards``."""
-    title = re.search(r"^# (.+)$", card.text, flags=re.MULTILINE)
-    return f"[{title[1] if title else card.name}]({up}src/hasten/cards/{card.name}.md)"
+    return f"[{card.title}]({up}src/hasten/cards/{card.name}.md)"
 
 
 def _arxiv(card: registry.Card) -> str:

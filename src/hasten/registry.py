@@ -35,11 +35,15 @@ class Card:
         return self.front["saves" if self.kind == "method" else "gives"]
 
     @property
+    def title(self) -> str:
+        """Its first heading, or its name where it has none."""
+        return next((line.removeprefix("# ") for line in self.text.splitlines() if line.startswith("# ")), self.name)
+
+    @property
     def known_as(self) -> list[str]:
         """What people call it besides its name: its title, its family, its papers."""
-        title = next((line.removeprefix("# ") for line in self.text.splitlines() if line.startswith("# ")), "")
         papers = [self.front.get("paper", ""), *self.front.get("papers", {}).values()]
-        return [title, self.front.get("family", ""), *papers]
+        return [self.title, self.front.get("family", ""), *papers]
 
     def paper_of(self, experiment: str) -> str:
         """What a run of ``experiment`` cites: the method's paper, or that of a relative with a word in ``papers``."""

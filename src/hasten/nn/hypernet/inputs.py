@@ -151,7 +151,7 @@ class Choice:
             raise ValueError(f"choice: values: expected at least one and each once, got {list(self.values)}")
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"choice: dim: expected at least 1 or None, got {self.dim}")
-        if len(self.rows().unique(dim=0)) < len(self.values):
+        if self.dim is not None and len(self.rows().unique(dim=0)) < len(self.values):
             raise ValueError(f"choice: dim: expected enough for {len(self.values)} different rows, got {self.dim}")
 
     @property

@@ -129,7 +129,7 @@ class HyperModel(nn.Module):
 
     def delta(self, **inputs: Any) -> dict[str, Tensor]:
         """What is added to the model's own parameters, by name: shape, or ``(B, *shape)`` for inputs per sample."""
-        return self._by_name(self.hyper(self._encoded(inputs)))
+        return self._by_name(self.hyper(self._encoded(inputs)), self._own())
 
     def materialize(self, *, recalibrate: Iterable[Any] | None = None, **inputs: Any) -> nn.Module:
         """A deep copy of the model with the weights of one value of each input: a plain module, to export or to keep.
@@ -196,17 +196,17 @@ class HyperModel(nn.Module):
 
     def _theta(self, encoded: Tensor) -> dict[str, Tensor]:
         # one sum for all tensors: one for each would cost a small network as much as its layers do
-        own = torch.cat([parameter.flatten() for parameter in self._own()])
-        return self._by_name(own + self.hyper(encoded).to(own.dtype))
+        own = self._own()
+        flat = torch.cat([parameter.flatten() for parameter in own])
+        return self._by_name(flat + self.hyper(encoded).to(flat.dtype), own)
 
     def _own(self) -> list[Tensor]:
         """Theta0. By attribute, not get_parameter: under functional_call they are tensors that are no parameters."""
         places = [name.rpartition(".") for name in self.names]
         return [getattr(self.model.get_submodule(owner), leaf) for owner, _, leaf in places]
 
-    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        """(..., P) -> a view for each name, (..., *shape), in the type of the parameter."""
-        own = self._own()
+    def _by_name(self, flat: Tensor, own: Sequence[Tensor]) -> dict[str, Tensor]:
+        """(..., P) -> a view for each name, (..., *shape), in the type of theta0's, which are ``own``."""
         parts = flat.split([parameter.numel() for parameter in own], dim=-1)
         lead = flat.shape[:-1]
         return {
